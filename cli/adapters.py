@@ -1,0 +1,146 @@
+"""Commands on adapters: extract, merge, subtract, switch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+import surgery
+from surgery.cli.options import Count, Size, device, writing
+from surgery.cli.progress import make_progress
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  surgery extract base tuned -o adapter
+  surgery extract base tuned -o adapter --rank 64 --targets attention
+  surgery extract base tuned -o adapter --energy 0.95 --save-residual
+  surgery extract org/base org/tuned@v2 -o adapter --budget 18M --dtype bfloat16"""
+)
+@click.argument("base", metavar="BASE")
+@click.argument("tuned", metavar="TUNED")
+@click.option("--rank", type=click.IntRange(1), help="Rank of every module.  [default: 16]")
+@click.option("--energy", type=click.FloatRange(0, 1, min_open=True), help="Keep this share of each change instead.")
+@click.option("--budget", type=Count(), help="Share out this many parameters instead, for the least total error.")
+@click.option("--max-rank", type=click.IntRange(1), help="Bound on the ranks that --energy and --budget choose.")
+@click.option(
+    "--targets",
+    default="all-linear",
+    show_default=True,
+    help="Comma-separated: attention, mlp, experts, router, embeddings, head, a suffix such as q_proj, or re:PATTERN.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["randomized", "exact"]),
+    default="randomized",
+    show_default=True,
+    help="Randomised SVD with a certificate, or the full SVD.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Of the factors; for bfloat16 the second is refitted to the rounded first.",
+)
+@click.option("--save-residual", is_flag=True, help="Store what changed and has no factors whole (modules_to_save).")
+@click.option("--allow-missing", is_flag=True, help="Report tensors found in one checkpoint only; do not refuse.")
+@click.option("--allow-nonfinite", is_flag=True, help="Count NaN and infinity as unchanged; do not refuse.")
+@click.option("--any-base", is_flag=True, help="Extract even if BASE does not look like the base of TUNED.")
+@click.option("--base-name", metavar="NAME", help="What the adapter calls its base.  [default: its id or folder]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the randomised SVD.")
+@click.option("--all-modules", is_flag=True, help="List every module, however many there are.")
+@device("auto")
+@writing
+def extract(base: str, tuned: str, all_modules: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Extract a LoRA adapter from the difference of two checkpoints.
+
+    Factors TUNED - BASE by truncated SVD, module by module, and says what that loses. Norms, biases, embeddings and
+    heads that changed are reported, and stored with --save-residual.
+    """
+    from surgery.cli import render
+
+    report = surgery.extract(base, tuned, progress=make_progress(quiet), **options)
+    render.show(report, lambda console: render.extraction(console, report, all_modules), as_json, quiet)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  surgery merge base adapter -o merged
+  surgery merge base adapter --reversible -o merged     # `surgery subtract merged` gives base back, bit for bit
+  surgery merge base style=0.7 facts=0.3 -o merged"""
+)
+@click.argument("base", metavar="BASE")
+@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
+@click.option("--reversible", is_flag=True, help="Write the record that makes `surgery subtract` exact.")
+@click.option("--shard-size", "shard_bytes", type=Size(), help="Split anew.  [default: the files of BASE]")
+@click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinity pass; do not refuse.")
+@click.option("--all-weights", is_flag=True, help="List every weight, however many there are.")
+@device("cpu")
+@writing
+def merge(base: str, adapters: tuple[str, ...], all_weights: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Merge adapters into a checkpoint, in the order given, each with an optional weight: `path=0.5`.
+
+    The bits are those of PEFT's merge_and_unload; the report says how much of each change survived the rounding.
+    """
+    from surgery.cli import render
+
+    report = surgery.merge(base, *adapters, progress=make_progress(quiet), **options)
+    render.show(report, lambda console: render.merged(console, report, all_weights), as_json, quiet)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  surgery subtract merged -o base                       # a reversible merge: bit for bit
+  surgery subtract merged style -o without-style        # one of several adapters
+  surgery subtract merged adapter -o almost-base        # any other merge: the error is stated"""
+)
+@click.argument("merged", metavar="MERGED")
+@click.argument("adapters", metavar="[ADAPTER]...", nargs=-1)
+@click.option("--shard-size", "shard_bytes", type=Size(), help="Split anew.  [default: the files of MERGED]")
+@click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinity pass; do not refuse.")
+@click.option("--all-weights", is_flag=True, help="List every weight, however many there are.")
+@device("cpu")
+@writing
+def subtract(
+    merged: str, adapters: tuple[str, ...], all_weights: bool, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Take adapters out of a merged checkpoint: all of them, or those named.
+
+    After `merge --reversible` the result is the base, bit for bit, proved by its hashes; what stays merged is merged
+    anew and stays reversible. Otherwise the adapters are subtracted in float32 and the error is stated.
+    """
+    from surgery.cli import render
+
+    report = surgery.subtract(merged, *adapters, progress=make_progress(quiet), **options)
+    render.show(report, lambda console: render.merged(console, report, all_weights), as_json, quiet)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  surgery switch merged old-adapter new-adapter -o switched
+  surgery switch merged old-adapter new-adapter=0.5 -o switched"""
+)
+@click.argument("merged", metavar="MERGED")
+@click.argument("old", metavar="OLD")
+@click.argument("new", metavar="NEW")
+@click.option("--reversible", is_flag=True, help="Write an undo record (always done if MERGED has one).")
+@click.option("--shard-size", "shard_bytes", type=Size(), help="Split anew.  [default: the files of MERGED]")
+@click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinity pass; do not refuse.")
+@click.option("--all-weights", is_flag=True, help="List every weight, however many there are.")
+@device("cpu")
+@writing
+def switch(merged: str, old: str, new: str, all_weights: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Take OLD out of a merged checkpoint and put NEW in, in one pass.
+
+    With an undo record the result has the bits of merging NEW into the base itself.
+    """
+    from surgery.cli import render
+
+    report = surgery.switch(merged, old, new, progress=make_progress(quiet), **options)
+    render.show(report, lambda console: render.merged(console, report, all_weights), as_json, quiet)

@@ -1,0 +1,66 @@
+"""Commands that only look: inspect, verify."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+import surgery
+from surgery.cli.options import reporting
+from surgery.cli.progress import make_progress
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  surgery inspect checkpoint
+  surgery inspect adapter --tensors
+  surgery inspect org/model@v1 --json"""
+)
+@click.argument("path", metavar="PATH")
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@reporting
+def inspect(path: str, tensors: bool, as_json: bool, quiet: bool) -> None:
+    """Say what a checkpoint or an adapter is, from its headers alone.
+
+    Family, tensors, dtypes, shards, parameters by part, experts; of an adapter rank, scale and targets; provenance.
+    """
+    from surgery.cli import render
+    from surgery.ops.inspection import AdapterReport
+
+    report = surgery.inspect(path, tensors=tensors)
+    if isinstance(report, AdapterReport):
+        render.show(report, lambda console: render.adapter(console, report), as_json, quiet)
+    else:
+        render.show(report, lambda console: render.checkpoint(console, report), as_json, quiet)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  surgery verify merged                  # does it still match its surgery.json?
+  surgery verify merged other            # which tensors differ, and by how much?
+  surgery verify merged other --logits   # and how far apart are they as functions?"""
+)
+@click.argument("left", metavar="A")
+@click.argument("right", metavar="[B]", required=False)
+@click.option("--logits", is_flag=True, help="Run both with transformers, in float32, on the same random inputs.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs.")
+@reporting
+def verify(left: str, right: str | None, logits: bool, seed: int, as_json: bool, quiet: bool) -> None:
+    """Check an output against its provenance, or compare two checkpoints.
+
+    With one argument, hash every tensor and file again and compare with surgery.json. With two, compare tensor by
+    tensor. Exits with 1 if anything differs.
+    """
+    from surgery.cli import render
+    from surgery.ops.verify import VerifyReport
+
+    report = surgery.verify(left, right, logits=logits, seed=seed, progress=make_progress(quiet))
+    if isinstance(report, VerifyReport):
+        render.show(report, lambda console: render.verified(console, report), as_json, quiet)
+    else:
+        render.show(report, lambda console: render.compared(console, report), as_json, quiet)
+    if not report.passed:
+        sys.exit(1)

@@ -1,0 +1,101 @@
+"""The `surgery` command: its group, and how errors become one sentence and an exit status.
+
+Commands are imported when they are called, so that `surgery --help` costs little more than importing click.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from typing import NoReturn
+
+import click
+
+from surgery.errors import OptionError, SurgeryError
+from surgery.version import __version__
+
+# Name: where it is defined, and its line in `surgery --help` (a test holds it against the command's own).
+COMMANDS: dict[str, tuple[str, str]] = {
+    "inspect": ("surgery.cli.look:inspect", "Say what a checkpoint or an adapter is."),
+    "extract": ("surgery.cli.adapters:extract", "Extract a LoRA adapter from the difference of two checkpoints."),
+    "merge": ("surgery.cli.adapters:merge", "Merge adapters into a checkpoint."),
+    "subtract": ("surgery.cli.adapters:subtract", "Take adapters out of a merged checkpoint."),
+    "switch": ("surgery.cli.adapters:switch", "Take one adapter out of a merged checkpoint and put another in."),
+    "verify": ("surgery.cli.look:verify", "Check an output against its provenance, or compare two checkpoints."),
+    "completion": ("surgery.cli.completion:completion", "Print a script that completes this command in a shell."),
+}
+
+INTERRUPTED = 130
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command when it is called and knows its line of help without."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Run `surgery COMMAND --help` for its options and examples.",
+)
+@click.version_option(__version__, prog_name="surgery", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Offline tools for stored model checkpoints.
+
+    A CHECKPOINT is a folder, a .safetensors file, or an id `name/repo[@revision]` on a Hub; an ADAPTER likewise, with
+    an optional weight: `path=0.5`. Nothing is ever written to an input, and an output appears whole or not at all.
+    """
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: 0 done, 1 a known error, 2 wrong usage, 130 interrupted."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit status."""
+    try:
+        status = cli.main(arguments, prog_name="surgery", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except click.exceptions.Exit as request:
+        return request.exit_code
+    except click.Abort:
+        click.echo("Interrupted; the same command resumes where it stopped.", err=True)
+        return INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except SurgeryError as error:
+        return _report(error, as_json="--json" in arguments)
+    except BrokenPipeError:
+        # The reader of stdout has gone; point it elsewhere so that the interpreter can flush in peace.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _report(error: SurgeryError, as_json: bool) -> int:
+    """One sentence on stderr, with a line for each of several problems; with --json also an object on stdout."""
+    lines = [f"Error: {error.message}"]
+    if len(error.problems) > 1:
+        lines += [f"  {problem}" for problem in error.problems]
+    click.echo("\n".join(lines), err=True)
+    if as_json:
+        kind = type(error).__name__
+        click.echo(json.dumps({"error": {"kind": kind, "message": error.message, "problems": list(error.problems)}}))
+    return 2 if isinstance(error, OptionError) else 1

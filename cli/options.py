@@ -1,0 +1,81 @@
+"""Options that commands share, and the types that parse them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]i?B?|B)?", re.IGNORECASE)
+_FACTORS = {"K": 1, "M": 2, "G": 3, "T": 4, "B": 3}
+
+
+class Size(click.ParamType[int]):
+    """Bytes: `5GB` (10^9), `5GiB` (2^30), or a plain number."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = _SIZE.fullmatch(str(value).strip())
+        if match is None:
+            self.fail(f"{value!r} is not a size such as 5GB, 500MB or 2GiB.", param, ctx)
+        unit = (match["unit"] or "B").upper()
+        base = 1024 if "I" in unit else 1000
+        power = 0 if unit == "B" else _FACTORS[unit[0]]
+        return int(float(match["number"]) * base**power)
+
+
+class Count(click.ParamType[int]):
+    """A number of parameters: `18M`, `1.5B`, `300K`, or a plain number."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMB])?", str(value).strip(), re.IGNORECASE)
+        if match is None:
+            self.fail(f"{value!r} is not a number of parameters such as 18M.", param, ctx)
+        return int(float(match[1]) * 1000 ** _FACTORS.get((match[2] or "").upper(), 0))
+
+
+def writing(command: Command) -> Command:
+    """The options of every command that writes."""
+    options: list[Decorator] = [
+        click.option("-o", "--output", required=True, type=click.Path(), help="Folder to write; must not exist."),
+        click.option("--overwrite", is_flag=True, help="Replace an output that exists."),
+        click.option("--dry-run", is_flag=True, help="Check everything, show the plan, write nothing."),
+        click.option("--no-hash", "hash", flag_value=False, default=True, help="Do not hash tensors; saves one read."),
+        click.option("--threads", type=click.IntRange(1), help="Tensors at a time.  [default: all processors]"),
+    ]
+    return _apply(reporting(command), options)
+
+
+def reporting(command: Command) -> Command:
+    """The options of every command that reports."""
+    options: list[Decorator] = [
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress and no report."),
+    ]
+    return _apply(command, options)
+
+
+def device(default: str) -> Callable[[Command], Command]:
+    """`--device`, with the default of the command."""
+    return click.option(
+        "--device", default=default, show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
+    )
+
+
+def _apply(command: Command, options: Sequence[Decorator]) -> Command:
+    """Apply decorators so that `--help` lists their options in this order."""
+    for option in reversed(options):
+        command = cast("Command", option(command))
+    return command

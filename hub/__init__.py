@@ -1,0 +1,1 @@
+"""Checkpoints and adapters that lie on a Hub: resolving ids, reading by range."""

@@ -1,0 +1,45 @@
+"""Checkpoint surgery: offline tools for stored model checkpoints.
+
+>>> import surgery
+>>> report = surgery.extract("base", "tuned", output="adapter", rank=16)  # doctest: +SKIP
+>>> surgery.merge("base", "adapter", output="merged", reversible=True)  # doctest: +SKIP
+>>> surgery.subtract("merged", output="base-again")  # doctest: +SKIP
+
+Importing this imports neither torch nor numpy.
+"""
+
+from surgery.api import extract, inspect, merge, run_options, subtract, switch, verify
+from surgery.errors import (
+    FormatError,
+    InputError,
+    IntegrityError,
+    MismatchError,
+    MissingExtraError,
+    NonFiniteError,
+    OptionError,
+    OutputError,
+    SurgeryError,
+    UnsupportedError,
+)
+from surgery.version import __version__
+
+__all__ = [
+    "FormatError",
+    "InputError",
+    "IntegrityError",
+    "MismatchError",
+    "MissingExtraError",
+    "NonFiniteError",
+    "OptionError",
+    "OutputError",
+    "SurgeryError",
+    "UnsupportedError",
+    "__version__",
+    "extract",
+    "inspect",
+    "merge",
+    "run_options",
+    "subtract",
+    "switch",
+    "verify",
+]

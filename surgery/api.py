@@ -1,0 +1,137 @@
+"""The library's verbs: what each command does, as a function that returns the report the command prints.
+
+A checkpoint is given as a path, a Hub id `name/repo[@revision]`, or an open `Checkpoint`; an adapter likewise, with a
+weight as `path=0.5` or as a pair. Keywords beyond those named here are the fields of the operation's options
+(`ExtractOptions` for `extract`, `MergeOptions` for the others) and the arguments of `run_options`.
+
+Everything is imported when it is used, so that `import surgery` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgery.adapter import Adapter
+    from surgery.checkpoint import Checkpoint
+    from surgery.execute import Progress
+    from surgery.operation import RunOptions
+    from surgery.ops.inspection import AdapterReport, CheckpointReport
+    from surgery.ops.verify import CompareReport, VerifyReport
+    from surgery.reports import ExtractReport, MergeReport
+
+    CheckpointLike = str | os.PathLike[str] | Checkpoint
+    AdapterLike = str | os.PathLike[str] | tuple[str | os.PathLike[str], float] | Adapter
+
+_RUN_OPTIONS = ("overwrite", "dry_run", "device", "threads", "hash", "progress")
+
+
+def run_options(
+    overwrite: bool = False,
+    dry_run: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+    hash: bool = True,  # noqa: A002 - the name of the option
+    progress: Progress | None = None,
+) -> RunOptions:
+    """How to run an operation: the keywords that all functions here share.
+
+    Args:
+        overwrite: replace an existing output.
+        dry_run: plan and check everything, write nothing.
+        device: `cpu`, `cuda`, `cuda:N`, or `auto`.
+        threads: tensors at a time; one for each processor by default.
+        hash: hash every input and output tensor for `surgery.json`.
+        progress: told about the bytes as they pass.
+    """
+    from surgery.execute import NoProgress, Settings, default_threads, resolve_device
+    from surgery.operation import RunOptions
+
+    settings = Settings(threads or default_threads(), resolve_device(device), hash, progress or NoProgress())
+    return RunOptions(overwrite, dry_run, settings)
+
+
+def _split(keywords: dict[str, Any]) -> tuple[RunOptions, dict[str, Any]]:
+    """Separate the arguments of `run_options` from the fields of an operation's options."""
+    run = {name: keywords.pop(name) for name in _RUN_OPTIONS if name in keywords}
+    return run_options(**run), keywords
+
+
+def extract(
+    base: CheckpointLike, tuned: CheckpointLike, *, output: str | os.PathLike[str], **keywords: Any
+) -> ExtractReport:
+    """Write the adapter that takes `base` to `tuned` to the folder `output`.
+
+    Factors on a GPU where there is one, unless `device` says otherwise.
+    """
+    from surgery.hub.resolve import resolve_checkpoint
+    from surgery.ops.extract import ExtractOptions
+    from surgery.ops.extract import extract as run_extract
+
+    run, options = _split({"device": "auto", **keywords})
+    return run_extract(resolve_checkpoint(base), resolve_checkpoint(tuned), output, ExtractOptions(**options), run)
+
+
+def merge(base: CheckpointLike, *adapters: AdapterLike, output: str | os.PathLike[str], **keywords: Any) -> MergeReport:
+    """Write `base` with `adapters` added, in the order given, to the folder `output`."""
+    from surgery.hub.resolve import resolve_adapter, resolve_checkpoint
+    from surgery.ops.merge import MergeOptions
+    from surgery.ops.merge import merge as run_merge
+
+    run, options = _split(keywords)
+    found = [resolve_adapter(adapter) for adapter in adapters]
+    return run_merge(resolve_checkpoint(base), found, output, MergeOptions(**options), run)
+
+
+def subtract(
+    merged: CheckpointLike, *adapters: AdapterLike, output: str | os.PathLike[str], **keywords: Any
+) -> MergeReport:
+    """Write `merged` without `adapters` to the folder `output`; without any, if none is named and it has a record."""
+    from surgery.hub.resolve import resolve_adapter, resolve_checkpoint
+    from surgery.ops.merge import MergeOptions
+    from surgery.ops.subtract import subtract as run_subtract
+
+    run, options = _split(keywords)
+    found = [resolve_adapter(adapter) for adapter in adapters]
+    return run_subtract(resolve_checkpoint(merged), found, output, MergeOptions(**options), run)
+
+
+def switch(
+    merged: CheckpointLike, old: AdapterLike, new: AdapterLike, *, output: str | os.PathLike[str], **keywords: Any
+) -> MergeReport:
+    """Write `merged` with `old` taken out and `new` put in to the folder `output`, in one pass."""
+    from surgery.hub.resolve import resolve_adapter, resolve_checkpoint
+    from surgery.ops.merge import MergeOptions
+    from surgery.ops.subtract import switch as run_switch
+
+    run, options = _split(keywords)
+    pair = resolve_adapter(old), resolve_adapter(new)
+    return run_switch(resolve_checkpoint(merged), *pair, output, MergeOptions(**options), run)
+
+
+def inspect(path: CheckpointLike | Adapter, *, tensors: bool = False) -> CheckpointReport | AdapterReport:
+    """Describe a checkpoint or an adapter from its headers; with `tensors`, list every tensor."""
+    from surgery.adapter import Adapter
+    from surgery.hub.resolve import resolve
+    from surgery.ops.inspection import inspect_adapter, inspect_checkpoint
+
+    found = resolve(path)
+    return inspect_adapter(found, tensors) if isinstance(found, Adapter) else inspect_checkpoint(found, tensors)
+
+
+def verify(
+    left: CheckpointLike, right: CheckpointLike | None = None, *, logits: bool = False, seed: int = 0, **keywords: Any
+) -> VerifyReport | CompareReport:
+    """Check an output against its `surgery.json`, or compare two checkpoints; with `logits`, as functions too."""
+    from surgery.adapter import Adapter
+    from surgery.hub.resolve import resolve, resolve_checkpoint
+    from surgery.ops.verify import compare, verify_output, with_logits
+
+    run, _ = _split(keywords)
+    if right is None:
+        found = resolve(left)
+        return verify_output(found.files if isinstance(found, Adapter) else found, run.settings)
+    pair = resolve_checkpoint(left), resolve_checkpoint(right)
+    report = compare(*pair, run.settings)
+    return with_logits(report, *pair, seed) if logits else report

@@ -1,0 +1,135 @@
+"""What operations report: the objects that the library returns and the command line prints. Plain data.
+
+Shares are between 0 and 1, norms are Frobenius norms, sizes are bytes. `as_dict` gives what `--json` prints, and
+`numbers` the part that goes into `surgery.json`: nothing about where or how the work was run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from surgery.operation import PlanSummary
+
+
+@dataclass(frozen=True)
+class Report:
+    """What all reports of operations that write share.
+
+    Attributes:
+        output: the target, as given.
+        plan: what the operation was going to do.
+        dry_run: whether that is all there is.
+        resumed: steps taken over from an interrupted run.
+    """
+
+    output: str
+    plan: PlanSummary
+    dry_run: bool = field(default=False, kw_only=True)
+    resumed: int = field(default=0, kw_only=True)
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+    def numbers(self) -> dict[str, object]:
+        """The report without what differs between two runs of the same work."""
+        return {name: value for name, value in asdict(self).items() if name not in _OF_THE_RUN}
+
+
+_OF_THE_RUN = {"output", "plan", "dry_run", "resumed"}
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """What one module's factors keep of its dW.
+
+    Attributes:
+        shape: (out, in), or (experts, out, in).
+        change: ||dW|| / ||W||; None where W is zero.
+        energy_kept: 1 - error^2.
+        error: ||dW - B A|| / ||dW||, measured with the stored factors.
+        excess: the randomised SVD's certificate: by what share `error` lies above the least possible for the rank, as
+            far as the spectrum foretells; 0 for the exact method.
+    """
+
+    name: str
+    part: str
+    shape: tuple[int, ...]
+    rank: int
+    change: float | None
+    energy_kept: float
+    error: float
+    excess: float
+
+
+@dataclass(frozen=True)
+class ResidualReport:
+    """A parameter that changed and has no factors. `change` is None where there is nothing to compare with."""
+
+    name: str
+    part: str
+    change: float | None
+    saved: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class ExtractReport(Report):
+    """What `extract` found and wrote. `change`, `energy_kept` and `error` are over all factored modules together.
+
+    `unchanged` counts targeted modules that are equal in both checkpoints and so have no factors.
+    """
+
+    modules: tuple[ModuleReport, ...] = ()
+    residual: tuple[ResidualReport, ...] = ()
+    unchanged: int = 0
+    parameters: int = 0
+    nbytes: int = 0
+    change: float = 0.0
+    energy_kept: float = 0.0
+    error: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """What the rounding left of the change of one stored tensor.
+
+    Attributes:
+        survived: 1 - || realised dW - dW || / || dW ||; None where dW is zero. It falls to 0 and below where a small dW
+            vanishes between two neighbouring numbers of the dtype.
+        unchanged: share of the weights that are the same number before and after.
+    """
+
+    name: str
+    survived: float | None
+    unchanged: float
+
+
+@dataclass(frozen=True)
+class MergeReport(Report):
+    """What `merge`, `subtract` or `switch` wrote. `survived` and `unchanged` are over all changed weights together.
+
+    Attributes:
+        weights: tensors that adapters were added to.
+        replaced: tensors that an adapter put in the place of the base's.
+        added: tensors that the base does not have.
+        copied: how many tensors moved as bytes.
+        nbytes: of the weight files.
+        record_bytes: of the undo record; 0 without one.
+        exact: for `subtract` and `switch`: whether the base was restored to the bit and proved by its hashes.
+        removed: for `subtract` and `switch`: the adapters taken out.
+        expected_error: for an inexact `subtract`: what the rounding of the merge may have left, || . || / ||W||.
+    """
+
+    weights: tuple[WeightReport, ...] = ()
+    survived: float | None = None
+    unchanged: float = 0.0
+    replaced: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    copied: int = 0
+    nbytes: int = 0
+    record_bytes: int = 0
+    exact: bool | None = None
+    removed: tuple[str, ...] = ()
+    expected_error: float | None = None
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,111 @@
+"""Where stored bytes come from: a local file, or anything else that can hand out ranges.
+
+Reading is by position (`pread`), never by memory map: a mapped page counts as memory of the process, faults one by one,
+and turns a file that is truncated meanwhile into a signal instead of an error.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+from surgery.errors import FormatError, InputError
+
+
+class Source(Protocol):
+    """A run of bytes that can be read in ranges, from several threads at once."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in an error: a path or an address."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        ...
+
+    @property
+    def identity(self) -> tuple[str, int, int] | None:
+        """Path, size and modification time (ns) of a local file: the key under which its hashes are cached."""
+        ...
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the whole of `buffer` with the bytes at `offset`; raise `FormatError` where there are fewer."""
+        ...
+
+    def fileno(self) -> int | None:
+        """A descriptor that the kernel can copy ranges from, or None."""
+        ...
+
+
+class FileSource:
+    """A local file, opened once and read by position."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        try:
+            self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise InputError(f"{self._path} cannot be read: {error.strerror}.") from error
+        status = os.fstat(self._fd)
+        self._size, self._mtime = status.st_size, status.st_mtime_ns
+
+    def __del__(self) -> None:
+        if (fd := getattr(self, "_fd", None)) is not None:
+            os.close(fd)
+
+    @property
+    def name(self) -> str:
+        return str(self._path)
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def identity(self) -> tuple[str, int, int]:
+        return os.path.realpath(self._path), self._size, self._mtime
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        view = buffer.cast("B")
+        while view:
+            try:
+                count = os.preadv(self._fd, [view], offset)
+            except OSError as error:
+                raise InputError(f"{self._path} cannot be read at byte {offset}: {error.strerror}.") from error
+            if count == 0:
+                raise FormatError(
+                    f"{self._path} ends at byte {offset} with {len(view)} bytes still expected; "
+                    "it was cut short, fetch it again."
+                )
+            view, offset = view[count:], offset + count
+
+    def check_unchanged(self) -> None:
+        """Raise `InputError` if the file was written to since it was opened."""
+        status = os.fstat(self._fd)
+        if (status.st_size, status.st_mtime_ns) != (self._size, self._mtime):
+            raise InputError(f"{self._path} was changed while it was being read; run the command again.")
+
+
+def read_bytes(source: Source, offset: int, count: int) -> bytes:
+    """`count` bytes at `offset`, as a new object."""
+    data = bytearray(count)
+    source.read_into(offset, memoryview(data))
+    return bytes(data)
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """A whole small file, refused above `limit` bytes: a config of gigabytes is an attack or a mistake."""
+    source = FileSource(path)
+    if source.size > limit:
+        raise FormatError(f"{path} has {source.size} bytes, more than the {limit} that such a file may have.")
+    return read_bytes(source, 0, source.size)

@@ -1,0 +1,358 @@
+"""The one writer. An output grows in a staging folder beside its target and is renamed there last.
+
+    <parent>/.<name>.partial/
+        journal.jsonl   first line: what is being made; then one line for each finished step
+        files/          becomes the target
+        parts/          intermediate tensors of single steps
+
+A killed run leaves the staging folder; the same command finds its fingerprint in the journal, keeps the finished steps
+and does the others. Data reach the page cache before their line reaches the journal, so a journal is to be trusted
+after a kill of the process but not after a crash of the machine: it names its boot, and another boot starts over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from surgery.checkpoint import StoredTensor
+from surgery.errors import OutputError, SurgeryError
+from surgery.header import TensorInfo, read_header
+from surgery.layout import Layout
+from surgery.source import FileSource, Source
+
+_CHUNK = 8 << 20
+_KERNEL_CHUNK = 64 << 20
+_NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
+# An existing folder is replaced only if it looks like something this tool, or a training run, wrote.
+_MODEL_FILES = {"surgery.json", "config.json", "adapter_config.json", "model_index.json"}
+
+
+class Staging:
+    """An output in the making. Use `open_staging`, which decides what becomes of it when the work ends.
+
+    `write`, `copy` and `record` may be called from several threads at once.
+    """
+
+    def __init__(self, target: Path, fingerprint: str) -> None:
+        self.target = target
+        self.root = target.parent / f".{target.name}.partial"
+        self.files = self.root / "files"
+        self.parts = self.root / "parts"
+        self.done: dict[str, dict[str, object]] = {}
+        self._descriptors: dict[str, int] = {}
+        self._places: dict[str, tuple[str, int, TensorInfo]] = {}
+        self._mutex = threading.Lock()
+        with _disk(self):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(exist_ok=True)
+            self._journal = os.open(self.root / "journal.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
+            self._lock()
+            self._resume(fingerprint)
+            self.files.mkdir(exist_ok=True)
+            self.parts.mkdir(exist_ok=True)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._journal)
+            raise OutputError(f"{self.target} is being written by another process; wait for it to end.") from error
+
+    def _resume(self, fingerprint: str) -> None:
+        """Take over the finished steps of an earlier run of the same work, or clear what another work left."""
+        first = {"fingerprint": fingerprint, "boot": _boot()}
+        lines = os.pread(self._journal, os.fstat(self._journal).st_size, 0).split(b"\n")
+        entries = []
+        for line in lines[:-1]:  # what follows the last newline is a line that a kill cut short
+            with contextlib.suppress(ValueError):
+                entries.append(json.loads(line))
+        # A kill between the last rename and the removal of this folder leaves a full journal without its files.
+        if entries and entries[0] == first and self.files.is_dir():
+            self.done = {entry["step"]: entry for entry in entries[1:]}
+            os.ftruncate(self._journal, sum(len(line) + 1 for line in lines[:-1]))
+            return
+        shutil.rmtree(self.files, ignore_errors=True)
+        shutil.rmtree(self.parts, ignore_errors=True)
+        os.ftruncate(self._journal, 0)
+        self._append(first)
+
+    def _append(self, entry: Mapping[str, object]) -> None:
+        line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+        with self._mutex, _disk(self):
+            os.write(self._journal, line)
+
+    def record(self, step: str, entry: Mapping[str, object]) -> None:
+        """Note that a step is finished, with what it found out. Everything it wrote is in the page cache by now."""
+        self._append({"step": step, **entry})
+
+    def lay_out(self, layout: Layout, subfolder: str = "") -> None:
+        """Create the files of a layout at full length with their headers, and its index."""
+        for file in layout.files:
+            name = f"{subfolder}{file.name}"
+            with _disk(self):
+                path = self._path(name)
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                self._descriptors[name] = descriptor
+                os.pwrite(descriptor, file.raw_header, 0)
+                os.ftruncate(descriptor, file.size)
+            for info in file.entries:
+                self._places[info.name] = (name, len(file.raw_header) + info.begin, info)
+        if layout.index is not None:
+            self.write_file(subfolder + layout.index[0], layout.index[1])
+
+    def _path(self, name: str) -> Path:
+        path = self.files / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write(self, tensor: str, offset: int, data: memoryview) -> None:
+        """Write bytes at `offset` within an output tensor."""
+        name, start, info = self._places[tensor]
+        if offset + len(data) > info.end - info.begin:
+            raise ValueError(f"{len(data)} bytes at {offset} overrun the output tensor {tensor!r}")
+        with _disk(self):
+            _write_at(self._descriptors[name], data, start + offset)
+
+    def copy(self, tensor: str, source: StoredTensor, begin: int, end: int) -> None:
+        """Copy bytes `begin` to `end` of a stored tensor to the same place in an output tensor, in the kernel."""
+        name, start, _ = self._places[tensor]
+        with _disk(self):
+            _copy_range(source.source, source.offset + begin, self._descriptors[name], start + begin, end - begin)
+
+    def write_file(self, name: str, data: bytes) -> None:
+        """Write a small file whole."""
+        with _disk(self):
+            self._path(name).write_bytes(data)
+
+    def carry(self, name: str, source: Source) -> None:
+        """Copy a file that belongs to the model as it is."""
+        with _disk(self):
+            descriptor = os.open(self._path(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            try:
+                _copy_range(source, 0, descriptor, 0, source.size)
+            finally:
+                os.close(descriptor)
+
+    def write_part(self, step: str, raw_header: bytes, data: list[memoryview]) -> None:
+        """Keep the intermediate tensors of a step in a safetensors file of its own."""
+        with _disk(self):
+            path = self.parts / _part_name(step)
+            with open(path, "wb") as file:
+                file.write(raw_header)
+                for view in data:
+                    file.write(view)
+
+    def read_part(self, step: str) -> dict[str, StoredTensor]:
+        """The intermediate tensors of a finished step; empty if it left none."""
+        path = self.parts / _part_name(step)
+        if not path.exists():
+            return {}
+        source = FileSource(path)
+        header = read_header(source)
+        return {
+            i.name: StoredTensor(i.name, i.dtype, i.shape, source, header.data_start + i.begin) for i in header.tensors
+        }
+
+    def check_space(self, needed: int) -> None:
+        """Raise `OutputError` unless `needed` bytes fit on the disk, beside what an earlier run has already written."""
+        staged = sum(_allocated(path) for path in self.root.rglob("*"))
+        free = free_bytes(self.target)
+        if needed - staged > free:
+            raise OutputError(
+                f"{self.target} needs {needed - staged:,} bytes but its disk has {free:,} free; "
+                "free some space or choose another place."
+            )
+
+    def commit(self, overwrite: bool) -> None:
+        """Sync everything, then rename the finished folder to the target."""
+        with _disk(self):
+            for path in self.files.rglob("*"):
+                _sync(path)
+            _sync(self.files)
+            self.close_files()
+            old = self.target.parent / f".{self.target.name}.replaced"
+            if self.target.exists() and not _is_empty(self.target):
+                if not overwrite:
+                    raise OutputError(f"{self.target} has appeared meanwhile; it is left as it is.")
+                # Both renames or none survive a kill: `recover` puts the old one back where only the first was done.
+                shutil.rmtree(old, ignore_errors=True)
+                os.rename(self.target, old)
+            os.rename(self.files, self.target)
+            _sync(self.target.parent)
+            self.discard()
+            shutil.rmtree(old, ignore_errors=True)
+
+    def close_files(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def discard(self) -> None:
+        """Remove the staging folder."""
+        self.close_files()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def close(self) -> None:
+        self.close_files()
+        with contextlib.suppress(OSError):
+            os.close(self._journal)
+
+
+class NullStaging(Staging):
+    """For plans that only look: nothing is staged, and a step that writes is a bug."""
+
+    def __init__(self) -> None:
+        self.done: dict[str, dict[str, object]] = {}
+
+    def lay_out(self, layout: Layout, subfolder: str = "") -> None:
+        if layout.files or subfolder:
+            raise ValueError("a plan without an output has files to write")
+
+    def record(self, step: str, entry: Mapping[str, object]) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def open_staging(target: Path, fingerprint: str) -> Iterator[Staging]:
+    """Stage an output. Nothing appears at `target` before `commit`.
+
+    On a known error the staging folder is removed. It is kept when the disk fills up, on an interrupt and on an
+    unexpected failure, so that the same command can resume.
+    """
+    staging = Staging(target, fingerprint)
+    try:
+        yield staging
+    except OutputError as error:
+        if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in (errno.ENOSPC, errno.EDQUOT):
+            staging.discard()
+        raise
+    except SurgeryError:
+        staging.discard()
+        raise
+    finally:
+        staging.close()
+
+
+def check_target(target: Path, inputs: Iterable[tuple[str, Path]], overwrite: bool) -> None:
+    """Refuse a target that exists, is an input, lies in one, or holds one. `inputs` are roles and paths."""
+    recover(target)
+    real = target.resolve()
+    for role, path in inputs:
+        place = path.resolve()
+        if place == real or place.is_relative_to(real):
+            raise OutputError(f"The output {target} is, or holds, the {role} {path}; choose another output.")
+        if real.is_relative_to(place) and place.is_dir():
+            raise OutputError(f"The output {target} lies inside the {role} {path}; choose another output.")
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise OutputError(f"The output {target} exists and is not a folder; choose another name.")
+    if not target.exists() or _is_empty(target):
+        return
+    if not overwrite:
+        raise OutputError(f"The output {target} exists already; pass --overwrite to replace it.")
+    if not _MODEL_FILES & set(os.listdir(target)):
+        raise OutputError(
+            f"The output {target} exists and holds neither a model nor an adapter; it is left as it is, "
+            "choose another output."
+        )
+
+
+def recover(target: Path) -> None:
+    """Undo the first half of a replacement that a kill interrupted: put the old folder back at `target`."""
+    old = target.parent / f".{target.name}.replaced"
+    if old.exists() and not target.exists():
+        os.rename(old, target)
+
+
+def free_bytes(target: Path) -> int:
+    """Free bytes for this user on the disk that `target` would be written to."""
+    place = target.absolute()
+    while not place.exists():
+        place = place.parent
+    status = os.statvfs(place)
+    return status.f_bavail * status.f_frsize
+
+
+@contextlib.contextmanager
+def _disk(staging: Staging) -> Iterator[None]:
+    """Turn what the operating system says about the output into one sentence."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = (
+                f"The disk is full while {staging.target} is being written; nothing is at the target. Free some space "
+                f"and run the same command again to resume, or delete {staging.root}."
+            )
+        else:
+            message = f"{staging.target} cannot be written: {error.strerror or error}."
+        raise OutputError(message) from error
+
+
+def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    view = data.cast("B")
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def _copy_range(source: Source, begin: int, descriptor: int, offset: int, count: int) -> None:
+    origin = source.fileno()
+    while count and origin is not None and sys.platform == "linux":
+        try:
+            done = os.copy_file_range(origin, descriptor, min(count, _KERNEL_CHUNK), begin, offset)
+        except OSError as error:
+            if error.errno in _NO_KERNEL_COPY:
+                break
+            raise
+        if done == 0:
+            break
+        begin, offset, count = begin + done, offset + done, count - done
+    buffer = memoryview(bytearray(min(count, _CHUNK)))
+    while count:
+        view = buffer[: min(count, _CHUNK)]
+        source.read_into(begin, view)
+        _write_at(descriptor, view, offset)
+        begin, offset, count = begin + len(view), offset + len(view), count - len(view)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _allocated(path: Path) -> int:
+    status = path.lstat()
+    return min(status.st_blocks * 512, status.st_size)
+
+
+def _part_name(step: str) -> str:
+    # Step names are tensor names: too long, or too strange, for file names.
+    return hashlib.blake2b(step.encode(), digest_size=16).hexdigest() + ".safetensors"
+
+
+def _boot() -> str:
+    """What tells this boot of the machine from every other."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return f"{round((time.time() - time.monotonic()) / 60)}"
