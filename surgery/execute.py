@@ -47,9 +47,13 @@ class NoProgress:
     def stop(self) -> None: ...
 
 
+_MOST_THREADS = 8
+
+
 def default_threads() -> int:
-    """The processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The processors this process may use, up to eight: beyond that the disk sets the pace, and each holds memory."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(count, _MOST_THREADS)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Settings:
     """How to run a plan: nothing here changes the bytes of the output, except `device` across kinds of device.
 
     Attributes:
-        threads: steps at a time; by default one for each processor.
+        threads: steps at a time at most; fewer run where they would take more than half of the free memory.
         device: where steps compute: `cpu`, `cuda` or `cuda:N`.
         hash: whether to hash every input and output tensor.
         progress: told about the bytes as they pass.
@@ -134,6 +138,14 @@ def _work(steps: list[Step], hashes: HashBook) -> int:
     return total
 
 
+def _affordable(steps: list[Step], threads: int) -> int:
+    """As many threads as asked for, or as few as keep the largest steps together within half of the free memory."""
+    largest = max((step.scratch for step in steps), default=0)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
+    fitting = free // 2 // largest if largest and free else threads
+    return max(1, min(threads, fitting))
+
+
 def _run_all(
     steps: list[Step], staging: Staging, settings: Settings, hashes: HashBook, fresh: dict[str, Outcome]
 ) -> None:
@@ -151,7 +163,7 @@ def _run_all(
             result = step.run(io)
             fresh[step.name] = io.finish(step, result)
 
-    with ThreadPoolExecutor(max(1, settings.threads), thread_name_prefix="surgery") as pool:
+    with ThreadPoolExecutor(_affordable(steps, settings.threads), thread_name_prefix="surgery") as pool:
         futures = [pool.submit(work, step) for step in steps]
         try:
             # Waiting with a time limit lets an interrupt through at once.

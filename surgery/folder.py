@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from surgery.errors import FormatError, InputError
-from surgery.source import FileSource, Source, read_bytes
+from surgery.source import BytesSource, FileSource, Source, read_bytes
 
 # A config, an index or a card beyond this size is hostile; the largest published index has 12 MB.
 MAX_JSON_BYTES = 64_000_000
@@ -84,6 +84,31 @@ class LocalFolder:
         if root.parent.name == "snapshots":  # <cache>/models--org--name/snapshots/<revision> beside .../blobs
             allowed.append(root.parent.parent / "blobs")
         return any(real.is_relative_to(place) for place in allowed)
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """A folder in which some files have other contents, and some are hidden."""
+
+    under: Folder
+    contents: Mapping[str, bytes]
+    hidden: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return self.under.label
+
+    @property
+    def provenance(self) -> Mapping[str, str]:
+        return self.under.provenance
+
+    def names(self) -> Sequence[str]:
+        return sorted({*self.under.names(), *self.contents} - set(self.hidden))
+
+    def open(self, name: str) -> Source:
+        if name in self.contents:
+            return BytesSource(f"{self.label}/{name}", self.contents[name])
+        return self.under.open(name)
 
 
 @dataclass(frozen=True)

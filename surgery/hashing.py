@@ -51,11 +51,13 @@ def cache_folder() -> Path:
 class HashBook:
     """Known hashes of stored tensors, by `StoredTensor.key`. Safe to use from several threads.
 
-    With `enabled=False` nothing is hashed and nothing is known.
+    With `enabled=False` nothing is hashed and nothing is known. With `remember=False` the cache is left alone: what a
+    proof rests on is read.
     """
 
-    def __init__(self, enabled: bool = True) -> None:
+    def __init__(self, enabled: bool = True, remember: bool = True) -> None:
         self.enabled = enabled
+        self._remember = remember
         self._known: dict[tuple[str, str, int, str], str] = {}
         self._files: dict[tuple[str, int, int], dict[str, str]] = {}
         self._changed: set[tuple[str, int, int]] = set()
@@ -66,12 +68,12 @@ class HashBook:
             if (known := self._known.get(tensor.key)) is not None or not self.enabled:
                 return known
             identity = tensor.source.identity
-            return None if identity is None else self._load(identity).get(_entry(tensor))
+            return None if identity is None or not self._remember else self._load(identity).get(_entry(tensor))
 
     def put(self, tensor: StoredTensor, digest: str) -> None:
         with self._mutex:
             self._known[tensor.key] = digest
-            if (identity := tensor.source.identity) is not None:
+            if (identity := tensor.source.identity) is not None and self._remember:
                 self._load(identity)[_entry(tensor)] = digest
                 self._changed.add(identity)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 from surgery.checkpoint import Checkpoint, StoredTensor
 from surgery.dtypes import DType
@@ -122,9 +123,13 @@ def lay_out(checkpoint: Checkpoint, specs: Sequence[TensorSpec], shard_bytes: in
     return split(specs, stem, shard_bytes or DEFAULT_SHARD_BYTES)
 
 
-def _index(files: Iterable[OutputFile]) -> bytes:
+def _index(files: Sequence[OutputFile]) -> bytes:
     """A shard index as `save_pretrained` writes it: sizes, then the file of each tensor, keys sorted, two spaces."""
     weight_map = {info.name: file.name for file in files for info in file.entries}
-    total = sum(info.end - info.begin for file in files for info in file.entries)
-    document = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    entries = [info for file in files for info in file.entries]
+    total = {
+        "total_parameters": sum(prod(info.shape) for info in entries),
+        "total_size": sum(info.end - info.begin for info in entries),
+    }
+    document = {"metadata": total, "weight_map": weight_map}
     return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -148,10 +148,10 @@ def refit_A(D: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     import torch
 
     wide = B.to(torch.float64)
-    right = (B.T @ D).to(torch.float64)
-    driver = "gelsd" if B.device.type == "cpu" else None  # copes with columns of zeros
-    solution: torch.Tensor = torch.linalg.lstsq(wide.T @ wide, right, driver=driver).solution
-    return solution.to(D.dtype)
+    left, right = (wide.T @ wide).cpu(), (B.T @ D).to("cpu", torch.float64)
+    # gelsd, which only the CPU has, copes with columns of zeros.
+    solution: torch.Tensor = torch.linalg.lstsq(left, right, driver="gelsd").solution
+    return solution.to(D.device, D.dtype)
 
 
 def squared_error(D: torch.Tensor, B: torch.Tensor, A: torch.Tensor) -> float:

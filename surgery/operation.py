@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from surgery.checkpoint import Checkpoint
+from surgery.checkpoint import Checkpoint, open_checkpoint
 from surgery.execute import Execution, Settings, execute
 from surgery.hashing import HashBook
 from surgery.layout import Layout
@@ -26,11 +26,13 @@ class RunOptions:
         overwrite: replace an existing output.
         dry_run: plan and check everything, write nothing.
         settings: threads, device, hashing, progress.
+        remember: whether hashes of an earlier run may stand for reading a file again.
     """
 
     overwrite: bool = False
     dry_run: bool = False
     settings: Settings = field(default_factory=Settings)
+    remember: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,21 @@ class Run:
         content = document(operation, options, described, outputs, files, report, self._computed)
         self.staging.write_file(FILE_NAME, content)
         self.staging.commit(self.options.overwrite)
+        self._remember_outputs()
+
+    def _remember_outputs(self) -> None:
+        """What was just hashed while it was written need not be read again when it becomes an input."""
+        for file in [file for layout in self._layouts for file in layout.files]:
+            for name, tensor in open_checkpoint(self.staging.target / file.name).tensors.items():
+                if name in self._digests:
+                    self.hashes.put(tensor, self._digests[name])
         self.hashes.save()
 
 
 @contextmanager
 def staged(target: Path, plan: Plan, work: object, options: RunOptions) -> Iterator[Run]:
     """Stage an output whose first plan is `plan`; `work` is everything that tells this work from another."""
-    hashes = HashBook(options.settings.hash)
+    hashes = HashBook(options.settings.hash, options.remember)
     fingerprint = plan.fingerprint((work, options.settings.device, options.settings.hash))
     with open_staging(target, fingerprint) as staging:
         staging.check_space(plan.write_bytes)

@@ -96,6 +96,34 @@ class FileSource:
             raise InputError(f"{self._path} was changed while it was being read; run the command again.")
 
 
+class BytesSource:
+    """Bytes in memory, as a source."""
+
+    def __init__(self, name: str, data: bytes) -> None:
+        self._name, self._data = name, data
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def size(self) -> int:
+        return len(self._data)
+
+    @property
+    def identity(self) -> None:
+        return None
+
+    def fileno(self) -> None:
+        return None
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        view = buffer.cast("B")
+        if offset + len(view) > len(self._data):
+            raise FormatError(f"{self._name} has {len(self._data)} bytes, too few for {len(view)} at {offset}.")
+        view[:] = self._data[offset : offset + len(view)]
+
+
 def read_bytes(source: Source, offset: int, count: int) -> bytes:
     """`count` bytes at `offset`, as a new object."""
     data = bytearray(count)

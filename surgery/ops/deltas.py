@@ -82,21 +82,20 @@ def load_factors(io: Reader, contribution: Contribution, dtype: torch.dtype) -> 
     lora, c = contribution.lora, contribution
     if c.is_bias:
         assert lora.bias is not None
-        values = io.shared(lora.bias).to(io.device, dtype).view(1, -1)
+        values = io.read(lora.bias).to(io.device, dtype).view(1, -1)
         return Factors(values, values[:0], c.scale, False, None, (), True)
     if c.experts > 1:
         rank = lora.A.shape[0] // c.experts
         A = io.read(_rows_of(lora.A, c.expert * rank, rank))  # (E*r, in): expert by expert
         B = io.shared(lora.B)[c.begin : c.end, c.expert :: c.experts]  # (out, r*E): the expert varies fastest
     else:
-        A = io.shared(lora.A)
-        B = io.shared(lora.B)
+        A, B = io.read(lora.A), io.read(lora.B)
         A, B = A.reshape(A.shape[0], -1), B.reshape(B.shape[0], -1)
         if not lora.embedding:
             B = B[c.begin : c.end]
     magnitude = None
     if lora.magnitude is not None:
-        magnitude = io.shared(lora.magnitude).reshape(-1)[c.begin : c.end if not lora.embedding else None]
+        magnitude = io.read(lora.magnitude).reshape(-1)[c.begin : c.end if not lora.embedding else None]
         magnitude = magnitude.to(io.device, dtype)
     B, A = B.to(io.device, dtype).contiguous(), A.to(io.device, dtype).contiguous()
     return Factors(B, A, c.scale, c.transposed, magnitude, c.shape, False)

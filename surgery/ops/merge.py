@@ -109,7 +109,6 @@ def plan_merge(
     adapters: Sequence[Adapter],
     options: MergeOptions,
     undo: Mapping[str, Undo] | None = None,
-    originals: Mapping[str, bytes] | None = None,
 ) -> MergePlan:
     """Plan the addition of `adapters` to `base`.
 
@@ -118,10 +117,9 @@ def plan_merge(
         adapters: those to add, in order; may be none.
         options: see `MergeOptions`.
         undo: by stored name, what is to be taken out of a tensor first.
-        originals: files of the base whose bytes are not those in its folder.
     """
     refuse_quantised(base)
-    undo, originals = undo or {}, originals or {}
+    undo = undo or {}
     changes, tying, notes = settle_tying(base, adapters, fit(base, adapters))
     vocabulary = settle_vocabulary(base, changes)
     task, task_notes = settle_task(base, adapters, changes)
@@ -136,15 +134,10 @@ def plan_merge(
     layout = lay_out(base, specs, options.shard_bytes)
     ordered = tuple(steps[info.name] for file in layout.files for info in file.entries)
     tokenizer = dict(_tokenizer(adapters)) if vocabulary else {}
-    files = {name: data for name, data in originals.items() if name not in tokenizer}
+    files: dict[str, bytes] = {}
     if settings and base.config:
         files["config.json"] = config_bytes(with_settings(base.config, settings))
-    changed_files = [name for name in ("config.json", *tokenizer) if name in base.carried]
-    replaced = {
-        name: originals[name] if name in originals else _whole_file(base, name)
-        for name in changed_files
-        if name in tokenizer or settings
-    }
+    replaced = {name: _whole_file(base, name) for name in (*files, *tokenizer) if name in base.carried}
     carried = (*carried_files(base, {*files, *tokenizer}), *tokenizer.items())
     spare = sum(_record_bytes(steps[name], base) for name in changes) if options.reversible else 0
     plan = Plan(ordered, layout, files, carried, spare)
@@ -238,7 +231,7 @@ def run_merge(
     record_bytes = 0
     if options.reversible:
         digests = removal.digests if removal is not None else {}
-        plan = record_plan(run, base, adapters, merging.changes, merging.replaced, merging.added_files, digests)
+        plan = record_plan(run, base, adapters, merging, digests)
         run.execute(plan, "writing the undo record")
         record_bytes = plan.write_bytes
     report = _report(run, merging, execution.reports(), record_bytes)

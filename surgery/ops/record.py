@@ -4,6 +4,7 @@
     undo/record.safetensors    `<tensor>/gaps`, `<tensor>/bits`, `<tensor>/factor.N` (see `undo`), `<tensor>/base`
     undo/adapters/N/           byte copies of the adapters
     undo/files/                the base's own form of the files that the merge replaced
+    undo/headers/              the headers of the base's files, where the merged ones are laid out in another way
 
 It lies in a folder of its own, so that no loader takes it for weights of the model.
 """
@@ -13,20 +14,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from surgery.adapter import Adapter, open_adapter
-from surgery.checkpoint import Checkpoint, StoredTensor
+from surgery.checkpoint import Checkpoint, Shard, StoredTensor
 from surgery.dtypes import BY_NAME
 from surgery.errors import FormatError, InputError
-from surgery.folder import LocalFolder, read_json
-from surgery.header import read_header
-from surgery.layout import TensorSpec, single_file
+from surgery.folder import LocalFolder, Overlay, WeightFiles, read_json
+from surgery.header import parse_header, read_header
+from surgery.layout import Layout, TensorSpec, single_file
 from surgery.ops.fitting import Block, Change
 from surgery.ops.weights import Undo
 from surgery.plan import CopyStep, Plan
 from surgery.provenance import describe_tensor
-from surgery.source import FileSource, read_bytes
+from surgery.source import BytesSource, FileSource, read_bytes
 
 if TYPE_CHECKING:
     from surgery.operation import Run
@@ -35,14 +36,21 @@ FOLDER = "undo"
 SCHEMA = 1
 
 
+class Merged(Protocol):
+    """What a record needs to know of a planned merge (`merge.MergePlan`)."""
+
+    @property
+    def changes(self) -> Mapping[str, Change]: ...
+    @property
+    def replaced(self) -> Mapping[str, bytes]: ...
+    @property
+    def added_files(self) -> tuple[str, ...]: ...
+    @property
+    def layout(self) -> Layout: ...
+
+
 def record_plan(
-    run: Run,
-    base: Checkpoint,
-    adapters: Sequence[Adapter],
-    changes: Mapping[str, Change],
-    replaced: Mapping[str, bytes],
-    added_files: Sequence[str],
-    digests: Mapping[str, str],
+    run: Run, base: Checkpoint, adapters: Sequence[Adapter], merged: Merged, digests: Mapping[str, str]
 ) -> Plan:
     """The plan that gathers the record: what the merge steps left, literal copies, the adapters, the index of it all.
 
@@ -50,7 +58,7 @@ def record_plan(
     """
     steps: list[CopyStep] = []
     restored: dict[str, str] = {}
-    for name, change in changes.items():
+    for name, change in merged.changes.items():
         if change.base is None:
             restored[name] = "added"
             continue
@@ -62,6 +70,8 @@ def record_plan(
         name: describe_tensor(tensor, digests.get(name) or run.hashes.require(tensor))
         for name, tensor in base.tensors.items()
     }
+    headers, index = _lost_layout(base, merged.layout)
+    replaced = {**merged.replaced, **index}
     content = {
         "schema": SCHEMA,
         "adapters": [
@@ -70,10 +80,14 @@ def record_plan(
         ],
         "restored": restored,
         "replaced_files": sorted(replaced),
-        "added_files": sorted(added_files),
+        "added_files": sorted(merged.added_files),
+        "shards": {shard.name: shard.source.size - len(shard.header.raw) for shard in base.shards},
+        "index": base.weights.index,
+        "headers": sorted(headers),
         "tensors": tensors,
     }
     files = {f"{FOLDER}/files/{name}": data for name, data in replaced.items()}
+    files |= {f"{FOLDER}/headers/{name}": data for name, data in headers.items()}
     files[f"{FOLDER}/record.json"] = (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
     carried = [
         (f"{FOLDER}/adapters/{number}/{name}", adapter.files.folder.open(name))
@@ -84,6 +98,16 @@ def record_plan(
     order = {step.output.name: step for step in steps}
     ordered = tuple(order[info.name] for file in record.files for info in file.entries)
     return Plan(ordered, record, files, tuple(carried), subfolder=f"{FOLDER}/")
+
+
+def _lost_layout(base: Checkpoint, layout: Layout) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """The headers of the base's shards and its index, where the output is laid out in another way; else nothing."""
+    if [(f.name, f.raw_header) for f in layout.files] == [(s.name, s.header.raw) for s in base.shards]:
+        return {}, {}
+    index = base.weights.index if base.shards else None
+    source = base.folder.open(index) if index is not None else None
+    found = {} if index is None or source is None else {index: read_bytes(source, 0, source.size)}
+    return {shard.name: shard.header.raw for shard in base.shards}, found
 
 
 @dataclass(frozen=True)
@@ -97,6 +121,9 @@ class Record:
         tensors: dtype, shape and hash of every tensor of the base.
         files: the base's form of the files that the merge replaced.
         added_files: files that the base does not have.
+        headers: of the base's shards, with the bytes of data they describe, where the merged checkpoint is laid out in
+            another way.
+        index: the name of the base's shard index.
     """
 
     adapters: tuple[Adapter, ...]
@@ -105,6 +132,8 @@ class Record:
     tensors: Mapping[str, Mapping[str, object]]
     files: Mapping[str, bytes]
     added_files: tuple[str, ...]
+    headers: Mapping[str, tuple[bytes, int]]
+    index: str | None
 
     def hash(self, name: str) -> str:
         """The base's hash of a tensor."""
@@ -140,7 +169,17 @@ class Record:
         if "config.json" in self.files:
             config = json.loads(self.files["config.json"])
         carried = tuple(name for name in merged.carried if name not in self.added_files)
-        return replace(merged, tensors=tensors, config=config, carried=carried)
+        view = replace(merged, tensors=tensors, config=config, carried=carried)
+        view = replace(view, folder=Overlay(merged.folder, self.files, self.added_files))
+        return self._base_layout(view) if self.headers else view
+
+    def _base_layout(self, view: Checkpoint) -> Checkpoint:
+        """The view with the base's own files in the place of those of the merged checkpoint."""
+        shards = []
+        for name, (raw, size) in self.headers.items():
+            shards.append(Shard(name, BytesSource(name, raw), parse_header(raw, size, f"undo/headers/{name}")))
+        weights = WeightFiles(tuple(self.headers), self.index, view.weights.stem, pickled=False)
+        return replace(view, shards=tuple(shards), weights=weights)
 
 
 def has_record(merged: Checkpoint) -> bool:
@@ -158,15 +197,18 @@ def open_record(merged: Checkpoint) -> Record:
     if content.get("schema") != SCHEMA:
         raise FormatError(f"{label} has schema {content.get('schema')!r}, expected {SCHEMA}; use a newer version.")
     restored, tensors, listed = (content.get(key) for key in ("restored", "tensors", "adapters"))
-    replaced, added = content.get("replaced_files"), content.get("added_files")
+    replaced, added, shards = (content.get(key) for key in ("replaced_files", "added_files", "shards"))
+    headers, index = content.get("headers"), content.get("index")
     if not (
         isinstance(restored, dict)
         and isinstance(tensors, dict)
         and all(isinstance(entry, dict) and entry.get("dtype") in BY_NAME for entry in tensors.values())
         and isinstance(listed, list)
         and all(isinstance(item, dict) for item in listed)
-        and isinstance(replaced, list)
-        and isinstance(added, list)
+        and all(isinstance(items, list) for items in (replaced, added, headers))
+        and isinstance(shards, dict)
+        and all(isinstance(size, int) for size in shards.values())
+        and (index is None or isinstance(index, str))
     ):
         raise FormatError(f"{label} is not an undo record: an entry is missing or of another kind.")
     adapters = tuple(_adapter(folder, item, label) for item in listed)
@@ -182,8 +224,18 @@ def open_record(merged: Checkpoint) -> Record:
     lacking += [n for n, how in restored.items() if how == "literal" and "base" not in parts.get(n, {})]
     if lacking:
         raise FormatError(f"{place} says nothing about how to restore tensor {lacking[0]!r}.")
-    files = {name: _file(folder, name) for name in replaced if isinstance(name, str)}
-    return Record(adapters, restored, parts, tensors, files, tuple(str(name) for name in added))
+    assert isinstance(replaced, list)
+    assert isinstance(added, list)
+    return Record(
+        adapters=adapters,
+        restored=restored,
+        parts=parts,
+        tensors=tensors,
+        files={str(name): _file(folder, "files", str(name)) for name in replaced},
+        added_files=tuple(str(name) for name in added),
+        headers={n: (_file(folder, "headers", n), size) for n, size in shards.items()} if headers else {},
+        index=index,
+    )
 
 
 def _adapter(folder: LocalFolder, item: Mapping[str, object], label: str) -> Adapter:
@@ -198,8 +250,8 @@ def _adapter(folder: LocalFolder, item: Mapping[str, object], label: str) -> Ada
     return replace(found, files=replace(found.files, provenance=provenance))
 
 
-def _file(folder: LocalFolder, name: str) -> bytes:
+def _file(folder: LocalFolder, kind: str, name: str) -> bytes:
     if "/" in name or name in ("", ".", ".."):
         raise FormatError(f"{folder.label} names the file {name!r}, outside its folder.")
-    source = folder.open(f"files/{name}")
+    source = folder.open(f"{kind}/{name}")
     return read_bytes(source, 0, source.size)

@@ -108,16 +108,15 @@ def _replace(
     check_paths(output, inputs, run_options.overwrite)
     if has_record(merged):
         removal = _exact(merged, old)
-        # The record's proof is in the hashes, so they are made whether or not they were asked for.
-        run_options = replace(run_options, settings=replace(run_options.settings, hash=True))
+        # The proof is in the hashes, so they are made whether or not they were asked for, and none is remembered.
+        run_options = replace(run_options, settings=replace(run_options.settings, hash=True), remember=False)
         adding = (*removal.kept, *new)
         options = replace(options, reversible=bool(adding) and (options.reversible or keep_reversible))
     else:
         removal = _approximate(merged, old)
         adding = tuple(new)
     check_reversible(options, run_options)
-    originals = removal.record.files if removal.record is not None else {}
-    merging = plan_merge(removal.base, adding, options, removal.undo, originals)
+    merging = plan_merge(removal.base, adding, options, removal.undo)
     _check_literals(removal, merging, options)
     summary = summarise([merging.plan], output, run_options.settings)
     if run_options.dry_run:

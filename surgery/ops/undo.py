@@ -1,7 +1,7 @@
 """The undo record: what it takes to get the base's bits back from a merged weight, whatever computes them.
 
 The base is predicted as round(merged - dW), computed in float64. A prediction depends on the order in which a machine
-sums B A, but only within a bound: two orders give values at most `2 e` apart, e = (r + 4) 2^-53 s |B||A| and a few
+sums B A, but only within a bound: two orders give values at most `2 e` apart, e = (r + 4) 2^-53 s |b||a| and a few
 roundings. The record holds the base's bits of every weight whose prediction is wrong, or would be anywhere within that
 bound. What is left out is predicted right by any machine, any number of threads and any order of summation.
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 _UNIT = 2.0**-53  # relative rounding error of one float64 operation
-_SLACK = 1.001  # |B||A| is summed in float32
+_SLACK = 1.001  # for the rounding of the bound itself
 
 
 def predict(
@@ -42,30 +42,45 @@ def predict(
         end: the row after its last.
 
     Returns:
-        The predicted base x and the bound e on how far another order of summation may carry it; both float64.
+        The predicted base x, and the bound e on how far another order of summation may carry it, of a shape that
+        broadcasts with x; both float64.
     """
     import torch
 
-    x = merged.to(torch.float64)
-    bound = torch.zeros_like(x)
+    x = merged.to(torch.float64, copy=True)
+    bound = x.new_zeros(())
     for factors, scale in reversed(list(zip(found, scales, strict=True))):
         if scale is not None:
             wide = scale.to(torch.float64)
-            x, bound = x / wide, bound / wide.abs()
-            bound += 2 * _UNIT * x.abs()
-        bound += _summation_bound(factors, begin, end)
-        x = x - delta_rows(factors, begin, end)
-        bound += 2 * _UNIT * x.abs()
+            x = x / wide
+            bound = bound / wide.abs() + 2 * _UNIT * _largest(x)
+        x = x.sub_(delta_rows(factors, begin, end))
+        bound = bound + _summation_bound(factors, begin, end) + 2 * _UNIT * _largest(x)
     return x, bound
 
 
-def _summation_bound(factors: Factors, begin: int, end: int) -> torch.Tensor:
-    """(r + 4) 2^-53 |s| |B||A| for a tile: what the order of summation, the scale and the sum can change."""
+def _largest(x: torch.Tensor) -> float:
     import torch
 
-    rank = 1 if factors.is_bias else factors.B.shape[1]
-    absolute = replace(factors, B=factors.B.abs().float(), A=factors.A.abs().float(), scale=abs(factors.scale))
-    return delta_rows(absolute, begin, end).to(torch.float64) * ((rank + 4) * _UNIT * _SLACK)
+    return float(torch.linalg.vector_norm(x, ord=torch.inf))
+
+
+def _summation_bound(factors: Factors, begin: int, end: int) -> torch.Tensor:
+    """(r + 4) 2^-53 |s| |b||a| for the rows of a tile: what the order of summation, the scale and the sum can change.
+
+    The sum over the rank of |b||a| is at most the product of the norms of b and a (Cauchy and Schwarz); the largest
+    column stands for all, so that the bound is one number a row and costs next to nothing.
+    """
+    if factors.is_bias:
+        return 5 * _UNIT * (factors.B * factors.scale).abs()
+    rank = factors.B.shape[1]
+    ours, theirs = factors.B.norm(dim=1), factors.A.norm(dim=0)
+    if factors.transposed:
+        ours, theirs = theirs, ours
+    largest = theirs.amax() if theirs.numel() else theirs.sum()
+    rows = ours.amax() if factors.shape else ours[begin:end, None]
+    bound: torch.Tensor = rows * largest * (abs(factors.scale) * (rank + 4) * _UNIT * _SLACK)
+    return bound
 
 
 def uncertain(base: torch.Tensor, x: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
@@ -76,7 +91,8 @@ def uncertain(base: torch.Tensor, x: torch.Tensor, bound: torch.Tensor) -> torch
     """
     low, high = (x - 2 * bound).to(base.dtype), (x + 2 * bound).to(base.dtype)
     bits = _integer_view(base)
-    return (_integer_view(low) != bits) | (_integer_view(high) != bits) | ~base.isfinite()
+    finite = (base if base.element_size() > 1 else base.float()).isfinite()  # torch has no isfinite for float8
+    return (_integer_view(low) != bits) | (_integer_view(high) != bits) | ~finite
 
 
 def _integer_view(tensor: torch.Tensor) -> torch.Tensor:
@@ -109,8 +125,8 @@ class Recorder:
 
         positions = np.concatenate(self.positions) if self.positions else np.zeros(0, np.int64)
         bits = np.concatenate(self.bits) if self.bits else np.zeros((0, 1), np.uint8)
-        gaps = zlib.compress(_encode_gaps(positions).tobytes(), 6)
-        planes = zlib.compress(np.ascontiguousarray(bits.T).tobytes(), 6)
+        gaps = _deflate(_encode_gaps(positions).tobytes())
+        planes = _deflate(np.ascontiguousarray(bits.T).tobytes())
         return {
             "gaps": torch.frombuffer(bytearray(gaps), dtype=torch.uint8),
             "bits": torch.frombuffer(bytearray(planes), dtype=torch.uint8),
@@ -137,7 +153,7 @@ class Literals:
         if first == last:
             return
         places = torch.from_numpy(self.positions[first:last] - offset).to(predicted.device)
-        values = torch.from_numpy(np.ascontiguousarray(self.bits[first:last])).view(-1).view(predicted.dtype)
+        values = torch.from_numpy(self.bits[first:last].copy()).view(-1).view(predicted.dtype)
         predicted.view(-1)[places] = values.to(predicted.device)
 
 
@@ -152,6 +168,15 @@ def decode(stored: Mapping[str, torch.Tensor], numel: int, itemsize: int) -> Lit
     if planes.size != positions.size * itemsize:
         raise ValueError(f"{planes.size} bytes for {positions.size} weights of {itemsize} bytes")
     return Literals(positions, np.ascontiguousarray(planes.reshape(itemsize, positions.size).T))
+
+
+def _deflate(data: bytes) -> bytes:
+    """Deflate without looking for repetitions: there are none in such bytes, and Huffman codes alone make them smaller.
+
+    Measured on the record of a rank-16 merge: 68% of the size at 130 MB/s, where level 6 takes 72% at 9 MB/s.
+    """
+    stream = zlib.compressobj(6, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
+    return stream.compress(data) + stream.flush()
 
 
 def _inflate(data: torch.Tensor, limit: int) -> bytes:

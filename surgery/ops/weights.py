@@ -369,7 +369,7 @@ class _Tally:
     def add(self, start: torch.Tensor, merged: torch.Tensor, rounded: torch.Tensor, delta: torch.Tensor | None) -> None:
         """Count one tile. `merged` is overwritten."""
         self.energy += squared_norm(merged - start.to(merged.dtype) if delta is None else delta)
-        self.lost += squared_norm(merged.sub_(rounded))
+        self.lost += squared_norm(merged.sub_(rounded.to(merged.dtype)))
         self.same += _equal_count(rounded, start)
         self.count += start.numel()
 
