@@ -14,14 +14,14 @@ from pathlib import Path
 
 from surgery.errors import FormatError, InputError
 from surgery.folder import WEIGHT_SUFFIXES, LocalFolder
-from surgery.source import FileSource, Source
+from surgery.source import FileSource, NotAFile, Source
 
 # One request moves this much: small enough to hold several at once, large enough to hide the latency of a request.
 BLOCK_BYTES = 8 << 20
 _HELD_BLOCKS = 16
 
 
-class RangeSource:
+class RangeSource(NotAFile):
     """A file behind a URL, read in blocks by range requests; the latest blocks are kept."""
 
     def __init__(self, url: str, name: str, size: int) -> None:
@@ -36,13 +36,6 @@ class RangeSource:
     @property
     def size(self) -> int:
         return self._size
-
-    @property
-    def identity(self) -> None:
-        return None
-
-    def fileno(self) -> None:
-        return None
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         view = buffer.cast("B")

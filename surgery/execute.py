@@ -20,8 +20,9 @@ from surgery.errors import OptionError
 from surgery.hashing import HashBook, hash_tensor, new_hash
 from surgery.header import build_header
 from surgery.layout import TensorSpec
-from surgery.plan import Plan, Step, StepResult, tiles
+from surgery.plan import Plan, Step, StepResult
 from surgery.source import FileSource
+from surgery.tiling import tiles
 from surgery.writer import Staging
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from surgery.plan import tiles
+from surgery.tiling import tiles
 
 if TYPE_CHECKING:
     import torch

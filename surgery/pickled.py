@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from surgery.dtypes import DType, from_torch
 from surgery.errors import FormatError
+from surgery.source import NotAFile
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class TensorSource:
+class TensorSource(NotAFile):
     """One tensor's bytes, in row-major order, as a `Source` of its own."""
 
     def __init__(self, name: str, tensor: torch.Tensor) -> None:
@@ -31,13 +32,6 @@ class TensorSource:
     @property
     def size(self) -> int:
         return self._tensor.numel() * self._tensor.element_size()
-
-    @property
-    def identity(self) -> None:
-        return None
-
-    def fileno(self) -> None:
-        return None
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         import torch

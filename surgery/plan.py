@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from surgery.checkpoint import StoredTensor
 from surgery.layout import Layout, TensorSpec
@@ -26,26 +27,6 @@ if TYPE_CHECKING:
 # What a process holds before its first step: an interpreter, and torch (2.13, CPU) where a step computes.
 INTERPRETER_BYTES = 40_000_000
 TORCH_BYTES = 240_000_000
-# Elements of one tile: 2 MB in float32, so that a handful of tiles stay in a core's second-level cache.
-TILE_ELEMENTS = 1 << 19
-# Rows of a tile are a multiple of this and never fewer, unless the matrix itself is smaller: a BLAS sums in another
-# order for a handful of rows, and the product of a tile must have the bits of the whole product.
-TILE_ROWS = 64
-
-
-def tiles(rows: int, columns: int, block: int | None = None) -> Iterator[tuple[int, int]]:
-    """Row ranges that cover a matrix in order. With `block`, no range crosses a multiple of it: one expert at a time.
-
-    >>> list(tiles(200, 1 << 13))
-    [(0, 64), (64, 128), (128, 200)]
-    """
-    block = block or max(rows, 1)
-    step = max(TILE_ROWS, TILE_ELEMENTS // max(columns, 1) // TILE_ROWS * TILE_ROWS)
-    for start in range(0, rows, block):
-        stop = min(start + block, rows)
-        count = max(1, (stop - start) // step)  # the remainder joins the last tile
-        for number in range(count):
-            yield start + number * step, stop if number == count - 1 else start + (number + 1) * step
 
 
 @dataclass(frozen=True)
@@ -56,37 +37,41 @@ class StepResult:
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-class Step(Protocol):
-    """One unit of work, run by one thread."""
+class Step(ABC):
+    """One unit of work, run by one thread. Subclasses are frozen dataclasses."""
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """Unique within the plan, and the same in a later run of the same plan."""
-        ...
 
     @property
-    def reads(self) -> tuple[StoredTensor, ...]: ...
+    @abstractmethod
+    def reads(self) -> tuple[StoredTensor, ...]:
+        """Stored tensors, or slices of them."""
 
     @property
     def writes(self) -> tuple[TensorSpec, ...]:
         """Output tensors that this step writes whole."""
-        ...
+        return ()
 
     @property
     def computes(self) -> bool:
         """Whether it needs torch; a step that moves bytes does not."""
-        ...
+        return True
 
     @property
     def scratch(self) -> int:
         """Bytes it holds at most while it runs."""
-        ...
+        return 0
 
-    def run(self, io: StepIO) -> StepResult: ...
+    @abstractmethod
+    def run(self, io: StepIO) -> StepResult:
+        """Do the work."""
 
 
 @dataclass(frozen=True)
-class CopyStep:
+class CopyStep(Step):
     """An output tensor that is an input tensor, byte for byte."""
 
     output: TensorSpec
@@ -107,10 +92,6 @@ class CopyStep:
     @property
     def computes(self) -> bool:
         return False
-
-    @property
-    def scratch(self) -> int:
-        return 0
 
     def run(self, io: StepIO) -> StepResult:
         io.copy(self.output, self.source)

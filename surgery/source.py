@@ -96,7 +96,18 @@ class FileSource:
             raise InputError(f"{self._path} was changed while it was being read; run the command again.")
 
 
-class BytesSource:
+class NotAFile:
+    """What a source has to say of a file if it is none."""
+
+    @property
+    def identity(self) -> None:
+        return None
+
+    def fileno(self) -> None:
+        return None
+
+
+class BytesSource(NotAFile):
     """Bytes in memory, as a source."""
 
     def __init__(self, name: str, data: bytes) -> None:
@@ -109,13 +120,6 @@ class BytesSource:
     @property
     def size(self) -> int:
         return len(self._data)
-
-    @property
-    def identity(self) -> None:
-        return None
-
-    def fileno(self) -> None:
-        return None
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         view = buffer.cast("B")

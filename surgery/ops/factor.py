@@ -14,7 +14,6 @@ from surgery.checkpoint import StoredTensor
 from surgery.dtypes import BY_NAME
 from surgery.errors import NonFiniteError
 from surgery.hashing import hash_tensor
-from surgery.layout import TensorSpec
 from surgery.linalg import (
     OVERSAMPLING,
     Truncated,
@@ -26,7 +25,7 @@ from surgery.linalg import (
     truncated_svd,
 )
 from surgery.pairing import SitePair, TensorPair
-from surgery.plan import StepResult
+from surgery.plan import Step, StepResult
 from surgery.sites import Kind, Piece
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def seed_for(seed: int, name: str) -> int:
 
 
 @dataclass(frozen=True)
-class _SiteStep:
+class _SiteStep(Step):
     """Reads the differences of one site, matrix by matrix."""
 
     pair: SitePair
@@ -67,14 +66,6 @@ class _SiteStep:
     @property
     def reads(self) -> tuple[StoredTensor, ...]:
         return (*self.pair.left.tensors, *self.pair.right.tensors)
-
-    @property
-    def writes(self) -> tuple[TensorSpec, ...]:
-        return ()
-
-    @property
-    def computes(self) -> bool:
-        return True
 
     def _difference(self, io: StepIO, number: int) -> tuple[torch.Tensor, float, float]:
         """D of matrix `number`, ||W||^2 of the base and ||D||^2. D is overwritten by the next call."""
@@ -270,7 +261,7 @@ def _peft_form(pair: SitePair, factors: list[tuple[torch.Tensor, torch.Tensor]])
 
 
 @dataclass(frozen=True)
-class CompareStep:
+class CompareStep(Step):
     """Finds out whether, and by how much, two stored tensors of one shape differ."""
 
     pair: TensorPair
@@ -282,14 +273,6 @@ class CompareStep:
     @property
     def reads(self) -> tuple[StoredTensor, ...]:
         return self.pair.left, self.pair.right
-
-    @property
-    def writes(self) -> tuple[TensorSpec, ...]:
-        return ()
-
-    @property
-    def computes(self) -> bool:
-        return True
 
     @property
     def scratch(self) -> int:

@@ -22,7 +22,8 @@ from surgery.linalg import squared_norm
 from surgery.ops.deltas import Factors, delta_rows, load_factors, merge_tile
 from surgery.ops.fitting import Block, Contribution
 from surgery.ops.undo import Literals, Recorder, decode, predict, uncertain
-from surgery.plan import TILE_ELEMENTS, StepResult
+from surgery.plan import Step, StepResult
+from surgery.tiling import TILE_ELEMENTS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +52,7 @@ class Undo:
 
 
 @dataclass(frozen=True)
-class WeightStep:
+class WeightStep(Step):
     """Write a tensor that is `source` after `undo`, with `rows` replaced and the contributions of `blocks` added.
 
     Attributes:
@@ -85,10 +86,6 @@ class WeightStep:
     @property
     def writes(self) -> tuple[TensorSpec, ...]:
         return (self.output,)
-
-    @property
-    def computes(self) -> bool:
-        return True
 
     @property
     def _contributions(self) -> list[Contribution]:
@@ -172,7 +169,7 @@ class WeightStep:
 
 
 @dataclass(frozen=True)
-class CastStep:
+class CastStep(Step):
     """A tensor in another dtype, rounded once."""
 
     output: TensorSpec
@@ -189,10 +186,6 @@ class CastStep:
     @property
     def writes(self) -> tuple[TensorSpec, ...]:
         return (self.output,)
-
-    @property
-    def computes(self) -> bool:
-        return True
 
     @property
     def scratch(self) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, MODEL_MAPPING
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 
 from surgery import families
@@ -82,3 +84,19 @@ def test_base_prefix(model_type: str) -> None:
     found = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
     base: Any = found[0] if isinstance(found, tuple) else found
     assert families.family_of(model_type).base_prefix == base.base_model_prefix
+
+
+@pytest.mark.parametrize(
+    "model_type", sorted(t for family in families.FAMILIES if family.experts for t in family.model_types)
+)
+def test_experts_are_stacked_as_transformers_stacks_them(model_type: str) -> None:
+    """The projections that make up each fused parameter, and their order, are those of transformers' own conversion."""
+    experts = families.family_of(model_type).experts
+    assert experts is not None
+    conversion = get_checkpoint_conversion_mapping(model_type) or []
+    fused = {
+        str(entry.target_patterns[0]).rpartition(".")[2]: tuple(str(p).split(".")[-2] for p in entry.source_patterns)
+        for entry in conversion
+        if isinstance(entry, WeightConverter) and "experts" in str(entry.target_patterns[0])
+    }
+    assert dict(experts.fused) == fused

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import MismatchError, NonFiniteError, OptionError
-from surgery.plan import tiles
+from surgery.tiling import tiles
 from tests.models import FAMILIES, inputs, invent, logits, make, save
 from tests.peft_tools import attach, different, merged_by_peft, same_bits, stored, write_adapter
 
