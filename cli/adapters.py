@@ -82,9 +82,10 @@ Examples:
 @device("cpu")
 @writing
 def merge(base: str, adapters: tuple[str, ...], all_weights: bool, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Merge adapters into a checkpoint, in the order given, each with an optional weight: `path=0.5`.
+    """Merge adapters into a checkpoint.
 
-    The bits are those of PEFT's merge_and_unload; the report says how much of each change survived the rounding.
+    They are added in the order given, each with an optional weight: `path=0.5`. The bits are those of
+    PEFT's merge_and_unload; the report says how much of each change survived the rounding.
     """
     from surgery.cli import render
 
@@ -109,10 +110,11 @@ Examples:
 def subtract(
     merged: str, adapters: tuple[str, ...], all_weights: bool, as_json: bool, quiet: bool, **options: Any
 ) -> None:
-    """Take adapters out of a merged checkpoint: all of them, or those named.
+    """Take adapters out of a merged checkpoint.
 
-    After `merge --reversible` the result is the base, bit for bit, proved by its hashes; what stays merged is merged
-    anew and stays reversible. Otherwise the adapters are subtracted in float32 and the error is stated.
+    All of them, or those named. After `merge --reversible` the result is the base, bit for bit, proved by its
+    hashes; what stays merged is merged anew and stays reversible. Otherwise the adapters are subtracted in float32 and
+    the error is stated.
     """
     from surgery.cli import render
 
@@ -136,9 +138,9 @@ Examples:
 @device("cpu")
 @writing
 def switch(merged: str, old: str, new: str, all_weights: bool, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Take OLD out of a merged checkpoint and put NEW in, in one pass.
+    """Take one adapter out of a merged checkpoint and put another in.
 
-    With an undo record the result has the bits of merging NEW into the base itself.
+    OLD goes and NEW comes in one pass. With an undo record the result has the bits of merging NEW into the base itself.
     """
     from surgery.cli import render
 

@@ -22,9 +22,10 @@ Examples:
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @reporting
 def inspect(path: str, tensors: bool, as_json: bool, quiet: bool) -> None:
-    """Say what a checkpoint or an adapter is, from its headers alone.
+    """Say what a checkpoint or an adapter is.
 
-    Family, tensors, dtypes, shards, parameters by part, experts; of an adapter rank, scale and targets; provenance.
+    From its headers alone: family, tensors, dtypes, shards, parameters by part, experts; of an adapter rank, scale and
+    targets; provenance.
     """
     from surgery.cli import render
     from surgery.ops.inspection import AdapterReport

@@ -137,7 +137,10 @@ def test_hostile_pattern_ends_at_once(tmp_path: Path) -> None:
     [
         ({f"{Q}.lora_A.weight": (2, 32)}, "has no lora_B"),
         ({f"{Q}.lora_B.weight": (32, 2)}, "has no lora_A"),
-        ({f"{Q}.lora_A.weight": (2, 32), f"{Q}.lora_B.weight": (32, 3)}, r"lora_A of shape \[2, 32\] and lora_B of shape \[32, 3\]"),
+        (
+            {f"{Q}.lora_A.weight": (2, 32), f"{Q}.lora_B.weight": (32, 3)},
+            r"lora_A of shape \[2, 32\] and lora_B of shape \[32, 3\]",
+        ),
         ({f"{Q}.lora_A.weight": (0, 32), f"{Q}.lora_B.weight": (32, 0)}, r"has lora_A of shape \[0, 32\]"),
         ({f"{Q}.lora_A.weight": (2,), f"{Q}.lora_B.weight": (32, 2)}, r"has lora_A of shape \[2\]"),
         ({f"{Q}.lora_E.default": (2, 1)}, "belongs to a LoRA variant that is not known"),

@@ -86,7 +86,7 @@ def test_unchanged_sites_get_no_rank() -> None:
 
 
 def test_a_choice_is_final_only_where_the_spectrum_is_known_beyond_it() -> None:
-    """All known values taken, and more to know: not final. At full rank, at the bound, or with the share reached: final."""
+    """Not final: all known values taken, and more to know. Final: at full rank, at the bound, the share reached."""
     known = Spectrum((4.0, 1.0), 10.0, 1, 8)
     assert incomplete({"m": known}, {"m": 2}, None, None) == ["m"]
     assert incomplete({"m": known}, {"m": 1}, None, None) == []

@@ -1,0 +1,252 @@
+"""The main job, on text that every Python has: a fine-tune as an adapter, merged and taken out again.
+
+A small Llama is trained on the source of the standard library and then, in full, on the reference manual that `help()`
+quotes from. From there on everything is done to the two stored checkpoints, with the commands that are shown: adapters
+of several ranks are extracted, one is merged and taken out again to the bit, and the loss on pages that no model has
+seen says what each adapter kept of the fine-tune.
+
+Run it with `make demo`. Everything it writes goes to `.demo/`, and is written anew each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from peft import PeftModel
+from rich.table import Table
+from show import command, console, heading, steps
+from tiny_models import (
+    Corpus,
+    Loss,
+    Tokens,
+    Training,
+    encode,
+    evaluate,
+    make_model,
+    make_tokenizer,
+    python_manual,
+    python_source,
+    train,
+)
+from transformers import LlamaForCausalLM
+
+# The fine-tune moved the embeddings and the head as well, so they get factors too.
+EVERYTHING = "all-linear,embeddings,head"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How large everything is: `characters` of source to learn from, the model, and how long it is trained."""
+
+    characters: int
+    vocabulary: int
+    hidden: int
+    layers: int
+    pretraining: Training
+    tuning: Training
+    ranks: tuple[int, ...]
+
+
+FULL = Scale(
+    characters=3_000_000,
+    vocabulary=2048,
+    hidden=192,
+    layers=2,
+    pretraining=Training(steps=850, batch=8, learning_rate=4e-3, weight_decay=0.1, seed=1),
+    tuning=Training(steps=300, batch=8, learning_rate=1e-3, seed=2),
+    ranks=(1, 4, 16, 64),
+)
+QUICK = Scale(
+    characters=200_000,
+    vocabulary=512,
+    hidden=64,
+    layers=1,
+    pretraining=Training(steps=60, batch=4, learning_rate=8e-3, weight_decay=0.1, seed=1),
+    tuning=Training(steps=40, batch=4, learning_rate=4e-3, seed=2),
+    ranks=(1, 4, 16),
+)
+# The rank that is merged, and whose number of parameters the budget is given.
+MERGED_RANK = 16
+
+
+def main() -> None:
+    """Tell the story from the first word of training to the table."""
+    parser = argparse.ArgumentParser(description="Train, extract, merge, subtract, verify, compare.")
+    parser.add_argument("--quick", action="store_true", help="a model too small to be any good, in seconds")
+    parser.add_argument("--folder", default=".demo", help="where to write (default: %(default)s)")
+    arguments = parser.parse_args()
+    scale = QUICK if arguments.quick else FULL
+
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    torch.set_num_threads(min(torch.get_num_threads(), 4))
+    folder = Path(arguments.folder)
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)
+    for name in ("base", "tuned", "merged", "restored", "linear-only", "budget", *map(_adapter, scale.ranks)):
+        shutil.rmtree(name, ignore_errors=True)
+
+    pages = train_checkpoints(scale)
+    extract_adapters(scale)
+    merge_and_take_out()
+    compare_losses(scale, pages)
+
+
+def train_checkpoints(scale: Scale) -> Tokens:
+    """Write `base` and `tuned`, in bfloat16 as most checkpoints are; returns the held-out pages of the manual."""
+    source, manual = python_source(scale.characters), python_manual()
+    heading("Two checkpoints to work on")
+    console.print("base: a Llama trained on the standard library's source. tuned: base trained on the manual, in full.")
+    _describe("source", source)
+    _describe("manual", manual)
+    tokenizer = make_tokenizer(source.train, scale.vocabulary)
+    console.print(f"tokenizer: byte-level BPE of the source, {len(tokenizer)} tokens")
+
+    model = make_model(len(tokenizer), scale.hidden, scale.layers, seed=0)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    console.print(f"model: {parameters / 1e6:.2f}M parameters, {scale.layers} layers, width {scale.hidden}\n")
+    _train("training base", model, encode(tokenizer, source.train), scale.pretraining)
+    _save(model, "base")
+    tokenizer.save_pretrained("base")
+    console.print(f"base on held-out source: {_words(evaluate(_load('base'), encode(tokenizer, source.held_out)))}")
+
+    model = _load("base")
+    _train("training tuned", model, encode(tokenizer, manual.train), scale.tuning)
+    _save(model, "tuned")
+    tokenizer.save_pretrained("tuned")
+    return encode(tokenizer, manual.held_out)
+
+
+def extract_adapters(scale: Scale) -> None:
+    """Adapters of every rank, one of the linear layers alone, and one whose ranks are shared out by need."""
+    heading("The fine-tune as an adapter, at several ranks")
+    command(f"extract base tuned -o {_adapter(MERGED_RANK)} --rank {MERGED_RANK} --targets {EVERYTHING}")
+    console.print("\nThe others say as much; they are summed up in the table at the end.")
+    for rank in scale.ranks:
+        if rank != MERGED_RANK:
+            command(f"extract base tuned -o {_adapter(rank)} --rank {rank} --targets {EVERYTHING} --quiet")
+    command(f"extract base tuned -o linear-only --rank {MERGED_RANK} --quiet")
+    budget = _report(_adapter(MERGED_RANK)).parameters
+    command(f"extract base tuned -o budget --budget {budget} --targets {EVERYTHING} --quiet")
+
+
+def merge_and_take_out() -> None:
+    """Merge, look, take out; the checkpoint that comes back is the base, to the last bit."""
+    heading("Merged, and taken out again")
+    command(f"merge base {_adapter(MERGED_RANK)} -o merged --reversible")
+    console.print(
+        "\nThe record is this large because training was this short and rough: its size grows with the change."
+    )
+    command("verify merged")
+    command("subtract merged -o restored")
+    command("verify restored base")
+    console.print()
+    for name in ("base", "merged", "restored"):
+        digest = hashlib.sha256(Path(name, "model.safetensors").read_bytes()).hexdigest()
+        console.print(f"sha256 {digest}  {name}/model.safetensors")
+
+
+def compare_losses(scale: Scale, pages: Tokens) -> None:
+    """Measure every model on the held-out pages: adapters as PEFT loads them, `merged` as transformers does."""
+    heading("What each of them knows of the manual")
+    adapters = {
+        **{f"rank {rank}": _adapter(rank) for rank in scale.ranks},
+        f"ranks by budget, the size of rank {MERGED_RANK}": "budget",
+        f"rank {MERGED_RANK}, linear layers only": "linear-only",
+    }
+    found: dict[str, Loss] = {}
+    names = ["base", *adapters.values(), "merged", "tuned"]
+    with steps("measuring", len(names)) as step:
+        for name in names:
+            found[name] = evaluate(_with_adapter(name) if name in adapters.values() else _load(name), pages)
+            step(f"{name}: {_words(found[name])}")
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("held-out pages of the manual")
+    for title in ("bytes", "error", "nats/token", "bits/byte", "of the way"):
+        table.add_column(title, justify="right")
+
+    def add(label: str, name: str, nbytes: int, error: str) -> None:
+        loss, first, last = found[name], found["base"], found["tuned"]
+        way = (first.nats_per_token - loss.nats_per_token) / (first.nats_per_token - last.nats_per_token)
+        table.add_row(label, f"{nbytes:,}", error, *_columns(loss), f"{way:.1%}")
+
+    add("base", "base", _weight_bytes("base"), "")
+    for label, name in adapters.items():
+        report = _report(name)
+        add(f"base + {label}", name, report.nbytes, f"{report.error:.1%}")
+    add(f"rank {MERGED_RANK} merged, in bfloat16", "merged", _weight_bytes("merged"), "")
+    add("tuned", "tuned", _weight_bytes("tuned"), "")
+    console.print()
+    console.print(table)
+    console.print()
+    console.print("bytes       of the adapter, or of the whole checkpoint")
+    console.print("error       ||dW - B A|| / ||dW||, as the extraction states it")
+    console.print("of the way  the part of the fall in loss from base to tuned that is there")
+
+
+def _adapter(rank: int) -> str:
+    return f"rank-{rank}"
+
+
+def _describe(label: str, corpus: Corpus) -> None:
+    sizes = [sum(map(len, texts)) / 1e6 for texts in (corpus.train, corpus.held_out)]
+    count = f"{len(corpus.train)} documents, {sizes[0]:.2f} MB"
+    console.print(f"{label}: {count}; held out: {len(corpus.held_out)} documents, {sizes[1]:.2f} MB")
+
+
+def _train(label: str, model: LlamaForCausalLM, tokens: Tokens, how: Training) -> None:
+    with steps(label, how.steps) as step:
+        train(model, tokens, how, lambda loss: step(f"loss {loss:.2f}"))
+
+
+def _save(model: LlamaForCausalLM, name: str) -> None:
+    model.bfloat16().save_pretrained(name)
+
+
+def _load(name: str) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(name, dtype=torch.float32)
+
+
+def _with_adapter(name: str) -> torch.nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(_load("base"), name)
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What `surgery.json` says of an adapter."""
+
+    parameters: int
+    nbytes: int
+    error: float
+
+
+def _report(name: str) -> Extracted:
+    report = json.loads(Path(name, "surgery.json").read_text())["report"]
+    return Extracted(report["parameters"], report["nbytes"], report["error"])
+
+
+def _weight_bytes(name: str) -> int:
+    return Path(name, "model.safetensors").stat().st_size
+
+
+def _words(loss: Loss) -> str:
+    return f"{loss.nats_per_token:.3f} nats per token"
+
+
+def _columns(loss: Loss) -> tuple[str, str]:
+    return f"{loss.nats_per_token:.3f}", f"{loss.bits_per_byte:.3f}"
+
+
+if __name__ == "__main__":
+    main()
