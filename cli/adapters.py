@@ -19,8 +19,8 @@ Examples:
   surgery extract base tuned -o adapter --energy 0.95 --save-residual
   surgery extract org/base org/tuned@v2 -o adapter --budget 18M --dtype bfloat16"""
 )
-@click.argument("base", metavar="BASE")
-@click.argument("tuned", metavar="TUNED")
+@click.argument("base", metavar="BASE", type=click.Path())
+@click.argument("tuned", metavar="TUNED", type=click.Path())
 @click.option("--rank", type=click.IntRange(1), help="Rank of every module.  [default: 16]")
 @click.option("--energy", type=click.FloatRange(0, 1, min_open=True), help="Keep this share of each change instead.")
 @click.option("--budget", type=Count(), help="Share out this many parameters instead, for the least total error.")
@@ -73,8 +73,8 @@ Examples:
   surgery merge base adapter --reversible -o merged     # `surgery subtract merged` gives base back, bit for bit
   surgery merge base style=0.7 facts=0.3 -o merged"""
 )
-@click.argument("base", metavar="BASE")
-@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
+@click.argument("base", metavar="BASE", type=click.Path())
+@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True, type=click.Path())
 @click.option("--reversible", is_flag=True, help="Write the record that makes `surgery subtract` exact.")
 @click.option("--shard-size", "shard_bytes", type=Size(), help="Split anew.  [default: the files of BASE]")
 @click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinity pass; do not refuse.")
@@ -100,8 +100,8 @@ Examples:
   surgery subtract merged style -o without-style        # one of several adapters
   surgery subtract merged adapter -o almost-base        # any other merge: the error is stated"""
 )
-@click.argument("merged", metavar="MERGED")
-@click.argument("adapters", metavar="[ADAPTER]...", nargs=-1)
+@click.argument("merged", metavar="MERGED", type=click.Path())
+@click.argument("adapters", metavar="[ADAPTER]...", nargs=-1, type=click.Path())
 @click.option("--shard-size", "shard_bytes", type=Size(), help="Split anew.  [default: the files of MERGED]")
 @click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinity pass; do not refuse.")
 @click.option("--all-weights", is_flag=True, help="List every weight, however many there are.")
@@ -128,9 +128,9 @@ Examples:
   surgery switch merged old-adapter new-adapter -o switched
   surgery switch merged old-adapter new-adapter=0.5 -o switched"""
 )
-@click.argument("merged", metavar="MERGED")
-@click.argument("old", metavar="OLD")
-@click.argument("new", metavar="NEW")
+@click.argument("merged", metavar="MERGED", type=click.Path())
+@click.argument("old", metavar="OLD", type=click.Path())
+@click.argument("new", metavar="NEW", type=click.Path())
 @click.option("--reversible", is_flag=True, help="Write an undo record (always done if MERGED has one).")
 @click.option("--shard-size", "shard_bytes", type=Size(), help="Split anew.  [default: the files of MERGED]")
 @click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinity pass; do not refuse.")

@@ -18,7 +18,7 @@ Examples:
   surgery inspect adapter --tensors
   surgery inspect org/model@v1 --json"""
 )
-@click.argument("path", metavar="PATH")
+@click.argument("path", metavar="PATH", type=click.Path())
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @reporting
 def inspect(path: str, tensors: bool, as_json: bool, quiet: bool) -> None:
@@ -44,8 +44,8 @@ Examples:
   surgery verify merged other            # which tensors differ, and by how much?
   surgery verify merged other --logits   # and how far apart are they as functions?"""
 )
-@click.argument("left", metavar="A")
-@click.argument("right", metavar="[B]", required=False)
+@click.argument("left", metavar="A", type=click.Path())
+@click.argument("right", metavar="[B]", required=False, type=click.Path())
 @click.option("--logits", is_flag=True, help="Run both with transformers, in float32, on the same random inputs.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs.")
 @reporting

@@ -9,11 +9,13 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 import click
 
 from surgery.errors import OptionError, SurgeryError
+from surgery.names import plain
 from surgery.version import __version__
 
 # Name: where it is defined, and its line in `surgery --help` (a test holds it against the command's own).
@@ -80,6 +82,8 @@ def run(arguments: list[str]) -> int:
         return INTERRUPTED
     except click.ClickException as error:
         error.show()
+        if "--json" in arguments:
+            click.echo(_as_json(type(error).__name__, error.format_message()))
         return error.exit_code
     except SurgeryError as error:
         return _report(error, as_json="--json" in arguments)
@@ -91,11 +95,14 @@ def run(arguments: list[str]) -> int:
 
 def _report(error: SurgeryError, as_json: bool) -> int:
     """One sentence on stderr, with a line for each of several problems; with --json also an object on stdout."""
-    lines = [f"Error: {error.message}"]
+    lines = [f"Error: {plain(error.message)}"]
     if len(error.problems) > 1:
-        lines += [f"  {problem}" for problem in error.problems]
+        lines += [f"  {plain(problem)}" for problem in error.problems]
     click.echo("\n".join(lines), err=True)
     if as_json:
-        kind = type(error).__name__
-        click.echo(json.dumps({"error": {"kind": kind, "message": error.message, "problems": list(error.problems)}}))
+        click.echo(_as_json(type(error).__name__, error.message, error.problems))
     return 2 if isinstance(error, OptionError) else 1
+
+
+def _as_json(kind: str, message: str, problems: Sequence[str] = ()) -> str:
+    return json.dumps({"error": {"kind": kind, "message": message, "problems": list(problems)}})

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from surgery.names import plain
+
 if TYPE_CHECKING:
     from surgery.operation import PlanSummary
     from surgery.ops.inspection import AdapterReport, CheckpointReport, Origin, Share
@@ -34,7 +36,7 @@ class Reported(Protocol):
 def show(report: Reported, draw: Callable[[Console], None], as_json: bool, quiet: bool) -> None:
     """Print a report: as one JSON object, as tables, or not at all."""
     if as_json:
-        click.echo(json.dumps(report.as_dict(), indent=2, ensure_ascii=False, allow_nan=False))
+        click.echo(json.dumps(report.as_dict(), indent=2, allow_nan=False))
     elif not quiet:
         console = Console(highlight=False)
         draw(console if console.is_terminal else Console(highlight=False, width=_WIDTH_OF_A_FILE))
@@ -83,7 +85,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) 
     for position, name in enumerate(columns):
         drawn.add_column(name, justify="left" if position < left else "right", no_wrap=position == 0, overflow="fold")
     for row in rows:
-        drawn.add_row(*(Text(cell) for cell in row))
+        drawn.add_row(*(Text(plain(cell)) for cell in row))
     return drawn
 
 
@@ -93,13 +95,13 @@ def facts(pairs: Iterable[tuple[str, str]]) -> Table:
     drawn.add_column(style="bold")
     drawn.add_column(overflow="fold")
     for name, value in pairs:
-        drawn.add_row(Text(name), Text(value))
+        drawn.add_row(Text(name), Text(plain(value)))
     return drawn
 
 
 def line(console: Console, text: str) -> None:
-    """A line of plain text."""
-    console.print(Text(text))
+    """A line of plain text; where stdout is no terminal it stays one, however long."""
+    console.print(Text(plain(text)), soft_wrap=not console.is_terminal)
 
 
 def notes(console: Console, texts: Iterable[str]) -> None:

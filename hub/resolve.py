@@ -9,6 +9,7 @@ from pathlib import Path
 from surgery.adapter import Adapter, open_adapter, read_adapter
 from surgery.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
 from surgery.errors import InputError
+from surgery.source import kind_of
 
 _ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _WEIGHTED = re.compile(r"(?P<reference>.+)=(?P<weight>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)")
@@ -55,7 +56,7 @@ def is_adapter(reference: Reference) -> bool:
         from surgery.hub.remote import open_folder
 
         names = set(open_folder(match["repository"], match["revision"]).names())
-    elif Path(reference).is_dir():
+    elif kind_of(Path(reference)) == "folder":
         names = {path.name for path in Path(reference).iterdir()}
     else:
         return False
@@ -65,7 +66,7 @@ def is_adapter(reference: Reference) -> bool:
 
 def split_weight(reference: Reference) -> tuple[Reference, float]:
     """`path=0.5` as a path and a weight; the weight is 1 where none is given, or where the whole is a path."""
-    if Path(reference).exists():
+    if kind_of(Path(reference)):
         return reference, 1.0
     match = _WEIGHTED.fullmatch(os.fspath(reference))
     return (match["reference"], float(match["weight"])) if match else (reference, 1.0)
@@ -76,6 +77,6 @@ def _hub_id(reference: Reference) -> re.Match[str] | None:
     text = os.fspath(reference)
     if not text:
         raise InputError("An empty path was given.")
-    if Path(text).exists() or text.startswith((".", "/", "~")):
+    if kind_of(Path(text)) or text.startswith((".", "/", "~")):
         return None
     return _ID.fullmatch(text)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from surgery.errors import OptionError
+
 if TYPE_CHECKING:
     from surgery.adapter import Adapter
     from surgery.checkpoint import Checkpoint
@@ -129,6 +131,8 @@ def verify(
     from surgery.ops.verify import compare, verify_output, with_logits
 
     run, _ = _split(keywords)
+    if right is None and logits:
+        raise OptionError("--logits compares two checkpoints; name the second.")
     if right is None:
         found = resolve(left)
         return verify_output(found.files if isinstance(found, Adapter) else found, run.settings)

@@ -19,7 +19,7 @@ from surgery.folder import Folder, LocalFolder, WeightFiles, find_weights, other
 from surgery.header import Header, read_header
 from surgery.names import natural_key
 from surgery.pickled import load_pickled
-from surgery.source import FileSource, Source
+from surgery.source import FileSource, Source, kind_of
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,10 @@ class Checkpoint:
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a checkpoint on disk: a folder, a `.safetensors` file or a `.bin` file. Raises `InputError`."""
     place = Path(path)
-    if place.is_dir():
+    kind = kind_of(place)
+    if kind == "folder":
         return read_checkpoint(LocalFolder(place))
-    if not place.exists():
+    if kind is None:
         raise InputError(f"{place} does not exist.")
     if place.suffix not in (".safetensors", ".bin"):
         raise InputError(f"{place} is neither a folder nor a .safetensors or .bin file.")
@@ -166,7 +167,7 @@ def _read(folder: Folder, weights: WeightFiles, label: str, config_name: str) ->
                 raise InputError(
                     f"{label} has its weights in {file}; a .bin file is read from disk only, fetch it first."
                 )
-            found = [StoredTensor(n, d, s, data, 0) for n, (d, s, data) in load_pickled(source.path).items()]
+            found = [StoredTensor(n, d, s, data, 0) for n, (d, s, data) in load_pickled(source).items()]
         else:
             header = read_header(source)
             shards.append(Shard(file, source, header))

@@ -21,7 +21,6 @@ from surgery.hashing import HashBook, hash_tensor, new_hash
 from surgery.header import build_header
 from surgery.layout import TensorSpec
 from surgery.plan import Plan, Step, StepResult
-from surgery.source import FileSource
 from surgery.tiling import tiles
 from surgery.writer import Staging
 
@@ -122,9 +121,9 @@ def execute(plan: Plan, staging: Staging, settings: Settings, hashes: HashBook, 
     finally:
         settings.progress.stop()
         hashes.save()
-    for source in {id(t.source): t.source for t in plan.inputs}.values():
-        if isinstance(source, FileSource):
-            source.check_unchanged()
+    carried = [source for _, source in plan.carried]
+    for source in {id(source): source for source in (*(t.source for t in plan.inputs), *carried)}.values():
+        source.check_unchanged()
     outcomes = [fresh.get(step.name) or _restored(step, known[step.name]) for step in plan.steps]
     return Execution(outcomes, len(known))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from surgery.errors import FormatError, InputError
-from surgery.source import BytesSource, FileSource, Source, read_bytes
+from surgery.source import BytesSource, FileSource, Source, kind_of, read_bytes
 
 # A config, an index or a card beyond this size is hostile; the largest published index has 12 MB.
 MAX_JSON_BYTES = 64_000_000
@@ -54,7 +54,7 @@ class LocalFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not self.path.is_dir():
+        if kind_of(self.path) != "folder":
             raise InputError(f"{self.path} is not a folder.")
 
     @property
@@ -70,15 +70,18 @@ class LocalFolder:
         for parent, folders, files in os.walk(self.path):
             folders[:] = [name for name in folders if not name.startswith(".") and name not in _SKIPPED_FOLDERS]
             here = Path(parent).relative_to(self.path)
-            found += [(here / name).as_posix() for name in files]
+            linked = [name for name in folders if (Path(parent) / name).is_symlink()]  # not walked into, nor forgotten
+            found += [(here / name).as_posix() for name in (*files, *linked)]
         return sorted(found)
 
     def open(self, name: str) -> FileSource:
         return FileSource(self.path / name)
 
     def stays_inside(self, name: str) -> bool:
-        """Whether a file's real path is within the folder, or within the `blobs` of the Hub cache it is a view of."""
+        """Whether a name is a regular file in the folder, or in the `blobs` of the Hub cache that it is a view of."""
         real = (self.path / name).resolve()
+        if real.exists() and not real.is_file():  # a link that leads nowhere is an error for whoever opens it
+            return False
         root = self.path.resolve()
         allowed = [root]
         if root.parent.name == "snapshots":  # <cache>/models--org--name/snapshots/<revision> beside .../blobs
@@ -154,6 +157,7 @@ def find_weights(folder: Folder, preferred: Sequence[str] = ("model", "pytorch_m
         if len(indexes) == 1:
             return _indexed(folder, indexes[0], indexes[0].removesuffix(f".{suffix}.index.json"), pickled)
         if len(files) == 1:
+            _refuse_lone_shard(folder, files[0])
             return WeightFiles((files[0],), None, files[0].removesuffix(f".{suffix}"), pickled)
         if files and (series := _series(files)) is not None:
             return WeightFiles(tuple(sorted(files)), None, series, pickled)
@@ -165,6 +169,16 @@ def find_weights(folder: Folder, preferred: Sequence[str] = ("model", "pytorch_m
     if "adapter_config.json" in names:
         raise InputError(f"{folder.label} is an adapter, but a checkpoint is expected here.")
     raise InputError(f"{folder.label} holds no weights: neither .safetensors nor .bin files are in it.")
+
+
+def _refuse_lone_shard(folder: Folder, name: str) -> None:
+    """Raise for one shard of several: without the others, and without an index, it is no checkpoint."""
+    match = _SERIES.fullmatch(name)
+    if match is not None and int(match["count"]) != 1:
+        raise InputError(
+            f"{folder.label} holds {name}, one of {int(match['count'])} shards, without the others; fetch them too, or "
+            "name the file to use it alone."
+        )
 
 
 def _series(files: Sequence[str]) -> str | None:

@@ -94,7 +94,9 @@ class HashBook:
         with self._mutex:
             for identity in self._changed:
                 try:
-                    _write_cache(identity, self._files[identity])
+                    # A file that was written to while it was read has hashes of neither state.
+                    if _is_still(identity):
+                        _write_cache(identity, self._files[identity])
                 except OSError:
                     return
             self._changed.clear()
@@ -103,6 +105,12 @@ class HashBook:
 def _entry(tensor: StoredTensor) -> str:
     # Name, place, dtype and shape: a rewritten file of equal size and time would have to agree in all of them.
     return f"{tensor.name}|{tensor.offset}|{tensor.dtype}|{list(tensor.shape)}"
+
+
+def _is_still(identity: tuple[str, int, int]) -> bool:
+    path, size, mtime = identity
+    status = os.stat(path)
+    return (status.st_size, status.st_mtime_ns) == (size, mtime)
 
 
 def _cache_path(identity: tuple[str, int, int]) -> Path:
@@ -115,7 +123,7 @@ def _read_cache(identity: tuple[str, int, int]) -> dict[str, str]:
         stored = json.loads(_cache_path(identity).read_bytes())
         if stored["identity"] == list(identity):
             return {str(key): str(value) for key, value in stored["tensors"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     return {}
 

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 from surgery.dtypes import BY_NAME, DType
 from surgery.errors import FormatError
@@ -80,7 +81,7 @@ def parse_header(raw: bytes, data_size: int, where: str) -> Header:
         if info.begin != position:
             kind = "overlaps the one before it" if info.begin < position else "leaves a hole before it"
             raise FormatError(
-                f"{where}: tensor {info.name!r} {kind}: its data begin at {info.begin}, expected {position}."
+                f"{where}: tensor {_short(info.name)} {kind}: its data begin at {info.begin}, expected {position}."
             )
         position = info.end
     if position != data_size:
@@ -100,16 +101,22 @@ def _load_json(text: bytes, where: str) -> dict[str, object]:
         found: dict[str, object] = {}
         for name, value in pairs:
             if name in found:
-                raise FormatError(f"{where}: the header names {name!r} twice.")
+                raise FormatError(f"{where}: the header names {_short(name)} twice.")
             found[name] = value
         return found
 
     def no_constant(text: str) -> object:
         raise ValueError(f"{text} is not JSON")
 
+    def integer(text: str) -> int:
+        if text == "-0":  # no number to the reference, which reads sizes as unsigned
+            raise ValueError("-0 is no size")
+        return int(text)
+
+    hooks: dict[str, Any] = {"parse_constant": no_constant, "parse_int": integer}
     try:
         # Strict UTF-8, then JSON that refuses NaN; RecursionError and int()'s digit limit are attacks on the parser.
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates, **hooks)
     except UnicodeDecodeError as error:
         raise FormatError(f"{where}: the header is not UTF-8 (byte {error.start}).") from error
     except RecursionError as error:
@@ -126,12 +133,16 @@ def _load_json(text: bytes, where: str) -> dict[str, object]:
 def _check_metadata(value: object, where: str) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
         raise FormatError(f"{where}: '__metadata__' must map strings to strings.")
+    try:
+        "".join((*value, *value.values())).encode()
+    except UnicodeEncodeError as error:  # half a surrogate pair, which UTF-8 cannot hold
+        raise FormatError(f"{where}: '__metadata__' holds a string that is not Unicode.") from error
     return value
 
 
 def _check_entry(name: str, entry: object, where: str) -> TensorInfo:
     def wrong(what: str) -> FormatError:
-        return FormatError(f"{where}: tensor {name!r} {what}.")
+        return FormatError(f"{where}: tensor {_short(name)} {what}.")
 
     # Unpaired surrogates cannot be written back; control characters would reach a terminal. No real name has either.
     if not name.isprintable():
@@ -140,7 +151,7 @@ def _check_entry(name: str, entry: object, where: str) -> TensorInfo:
         raise wrong("must have exactly 'dtype', 'shape' and 'data_offsets'")
     dtype = BY_NAME.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise wrong(f"has the unknown dtype {entry['dtype']!r}")
+        raise wrong(f"has the unknown dtype {_short(entry['dtype'])}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _sizes(shape):
         raise wrong(f"has the shape {_short(shape)}, expected a list of non-negative integers")

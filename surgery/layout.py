@@ -132,4 +132,4 @@ def _index(files: Sequence[OutputFile]) -> bytes:
         "total_size": sum(info.end - info.begin for info in entries),
     }
     document = {"metadata": total, "weight_map": weight_map}
-    return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode(errors="backslashreplace")

@@ -13,6 +13,17 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|block|resblocks|encoder_layer
 _EXPERT = re.compile(r"(?:^|\.)experts?(?:\.expert)?[._](\d+)(?:\.|$)")
 
 
+def plain(text: str) -> str:
+    r"""Text that a terminal shows and does not obey: what is unprintable is spelt as in a Python string.
+
+    >>> plain("a\x1b[31mb")
+    'a\\x1b[31mb'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
     """A sort key under which `layers.2` comes before `layers.10`.
 

@@ -121,7 +121,7 @@ def staged(target: Path, plan: Plan, work: object, options: RunOptions) -> Itera
 
 def config_bytes(config: Mapping[str, object]) -> bytes:
     """A config as transformers and PEFT write it: two spaces, keys sorted, a newline at the end."""
-    return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def carried_files(checkpoint: Checkpoint, replaced: Collection[str] = ()) -> tuple[tuple[str, Source], ...]:

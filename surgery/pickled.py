@@ -10,24 +10,30 @@ from typing import TYPE_CHECKING
 
 from surgery.dtypes import DType, from_torch
 from surgery.errors import FormatError
-from surgery.source import NotAFile
+from surgery.source import FileSource, NotAFile
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
 
 class TensorSource(NotAFile):
     """One tensor's bytes, in row-major order, as a `Source` of its own."""
 
-    def __init__(self, name: str, tensor: torch.Tensor) -> None:
+    def __init__(self, file: FileSource, name: str, tensor: torch.Tensor) -> None:
+        self._file = file
         self._name = name
         self._tensor = tensor
 
     @property
     def name(self) -> str:
         return self._name
+
+    @property
+    def identity(self) -> tuple[str, int, int]:  # type: ignore[override]  # of the file that holds the tensor
+        return self._file.identity
+
+    def check_unchanged(self) -> None:
+        self._file.check_unchanged()
 
     @property
     def size(self) -> int:
@@ -43,10 +49,11 @@ class TensorSource(NotAFile):
         target.copy_(data[offset : offset + len(view)])
 
 
-def load_pickled(path: Path) -> dict[str, tuple[DType, tuple[int, ...], TensorSource]]:
+def load_pickled(file: FileSource) -> dict[str, tuple[DType, tuple[int, ...], TensorSource]]:
     """Every tensor of a `.bin` file: name to dtype, shape and source. Raises `FormatError` for anything but tensors."""
     import torch
 
+    path = file.path
     state = None
     for mmap in (True, False):  # files from before torch 1.6 cannot be mapped
         try:
@@ -70,10 +77,12 @@ def load_pickled(path: Path) -> dict[str, tuple[DType, tuple[int, ...], TensorSo
     for name, tensor in state.items():
         if not isinstance(name, str) or not name.isprintable() or not isinstance(tensor, torch.Tensor):
             raise FormatError(f"{path}: the entry {name!r} is a {type(tensor).__name__}, expected a named tensor.")
+        if name == "__metadata__":
+            raise FormatError(f"{path}: a tensor is named {name!r}, which safetensors keep for something else.")
         dtype = from_torch(tensor.dtype)
         if dtype is None or tensor.layout != torch.strided:
             raise FormatError(f"{path}: tensor {name!r} of {tensor.dtype} has no safetensors form.")
-        found[name] = (dtype, tuple(tensor.shape), TensorSource(f"{path}[{name}]", tensor.detach()))
+        found[name] = (dtype, tuple(tensor.shape), TensorSource(file, f"{path}[{name}]", tensor.detach()))
     return found
 
 

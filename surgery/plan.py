@@ -171,7 +171,7 @@ class Plan:
         described = {
             "options": repr(options),
             "inputs": [[*tensor.key, *(tensor.source.identity or ())] for tensor in self.inputs],
-            "steps": [step.name for step in self.steps],
+            "steps": [repr(step) for step in self.steps],  # with every number that is not an option
             "outputs": [[f.name, hashlib.blake2b(f.raw_header).hexdigest()] for f in self.layout.files],
             "files": {name: hashlib.blake2b(data).hexdigest() for name, data in self.files.items()},
             "carried": [[name, source.name, *(source.identity or ())] for name, source in self.carried],

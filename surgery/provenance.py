@@ -113,7 +113,7 @@ def document(
         "files": files,
         "report": report,
     }
-    return (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="backslashreplace")
 
 
 def read_provenance(folder: Folder) -> dict[str, object] | None:

@@ -7,6 +7,7 @@ and turns a file that is truncated meanwhile into a signal instead of an error.
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Protocol
 
@@ -39,6 +40,10 @@ class Source(Protocol):
         """A descriptor that the kernel can copy ranges from, or None."""
         ...
 
+    def check_unchanged(self) -> None:
+        """Raise `InputError` if the bytes may have changed since it was opened."""
+        ...
+
 
 class FileSource:
     """A local file, opened once and read by position."""
@@ -46,10 +51,13 @@ class FileSource:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
         try:
-            self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            # Opening a pipe would wait for a writer.
+            self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise InputError(f"{self._path} cannot be read: {error.strerror}.") from error
         status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{self._path} is not a file.")
         self._size, self._mtime = status.st_size, status.st_mtime_ns
 
     def __del__(self) -> None:
@@ -90,7 +98,6 @@ class FileSource:
             view, offset = view[count:], offset + count
 
     def check_unchanged(self) -> None:
-        """Raise `InputError` if the file was written to since it was opened."""
         status = os.fstat(self._fd)
         if (status.st_size, status.st_mtime_ns) != (self._size, self._mtime):
             raise InputError(f"{self._path} was changed while it was being read; run the command again.")
@@ -105,6 +112,9 @@ class NotAFile:
 
     def fileno(self) -> None:
         return None
+
+    def check_unchanged(self) -> None:
+        pass
 
 
 class BytesSource(NotAFile):
@@ -126,6 +136,18 @@ class BytesSource(NotAFile):
         if offset + len(view) > len(self._data):
             raise FormatError(f"{self._name} has {len(self._data)} bytes, too few for {len(view)} at {offset}.")
         view[:] = self._data[offset : offset + len(view)]
+
+
+def kind_of(path: Path) -> str | None:
+    """`folder` or `file` for what is at a path, None for nothing. Raises `InputError` where there is no telling."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # too long a name, no right to look, a null byte
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path} cannot be read: {reason}.") from error
+    return "folder" if stat.S_ISDIR(mode) else "file"
 
 
 def read_bytes(source: Source, offset: int, count: int) -> bytes:

@@ -34,8 +34,8 @@ from surgery.source import FileSource, Source
 _CHUNK = 8 << 20
 _KERNEL_CHUNK = 64 << 20
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
-# An existing folder is replaced only if it looks like something this tool, or a training run, wrote.
-_MODEL_FILES = {"surgery.json", "config.json", "adapter_config.json", "model_index.json"}
+_CONFIGS = {"config.json", "adapter_config.json"}
+_WEIGHTS = (".safetensors", ".bin", ".index.json")
 
 
 class PartSource(FileSource):
@@ -54,14 +54,14 @@ class Staging:
 
     def __init__(self, target: Path, fingerprint: str) -> None:
         self.target = target
-        self.root = target.parent / f".{target.name}.partial"
+        self.root = _staging_folder(target)
         self.files = self.root / "files"
         self.parts = self.root / "parts"
         self.done: dict[str, dict[str, object]] = {}
         self._descriptors: dict[str, int] = {}
         self._places: dict[str, tuple[str, int, TensorInfo]] = {}
         self._mutex = threading.Lock()
-        with _disk(self):
+        with _disk(self.target):
             target.parent.mkdir(parents=True, exist_ok=True)
             self.root.mkdir(exist_ok=True)
             self._journal = os.open(self.root / "journal.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
@@ -90,15 +90,20 @@ class Staging:
             self.done = {entry["step"]: entry for entry in entries[1:]}
             os.ftruncate(self._journal, sum(len(line) + 1 for line in lines[:-1]))
             return
+        self._clear()
+        self._append(first)
+
+    def _clear(self) -> None:
+        """Remove what is staged: the journal's lines first, which must not vouch for files that are gone."""
+        os.ftruncate(self._journal, 0)
         shutil.rmtree(self.files, ignore_errors=True)
         shutil.rmtree(self.parts, ignore_errors=True)
-        os.ftruncate(self._journal, 0)
-        self._append(first)
 
     def _append(self, entry: Mapping[str, object]) -> None:
         line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
-        with self._mutex, _disk(self):
-            os.write(self._journal, line)
+        with self._mutex, _disk(self.target):
+            while line:
+                line = line[os.write(self._journal, line) :]
 
     def record(self, step: str, entry: Mapping[str, object]) -> None:
         """Note that a step is finished, with what it found out. Everything it wrote is in the page cache by now."""
@@ -108,11 +113,11 @@ class Staging:
         """Create the files of a layout at full length with their headers, and its index."""
         for file in layout.files:
             name = f"{subfolder}{file.name}"
-            with _disk(self):
+            with _disk(self.target):
                 path = self._path(name)
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 self._descriptors[name] = descriptor
-                os.pwrite(descriptor, file.raw_header, 0)
+                _write_at(descriptor, memoryview(file.raw_header), 0)
                 os.ftruncate(descriptor, file.size)
             for info in file.entries:
                 self._places[info.name] = (name, len(file.raw_header) + info.begin, info)
@@ -129,23 +134,23 @@ class Staging:
         name, start, info = self._places[tensor]
         if offset + len(data) > info.end - info.begin:
             raise ValueError(f"{len(data)} bytes at {offset} overrun the output tensor {tensor!r}")
-        with _disk(self):
+        with _disk(self.target):
             _write_at(self._descriptors[name], data, start + offset)
 
     def copy(self, tensor: str, source: StoredTensor, begin: int, end: int) -> None:
         """Copy bytes `begin` to `end` of a stored tensor to the same place in an output tensor, in the kernel."""
         name, start, _ = self._places[tensor]
-        with _disk(self):
+        with _disk(self.target):
             _copy_range(source.source, source.offset + begin, self._descriptors[name], start + begin, end - begin)
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write a small file whole."""
-        with _disk(self):
+        with _disk(self.target):
             self._path(name).write_bytes(data)
 
     def carry(self, name: str, source: Source) -> None:
         """Copy a file that belongs to the model as it is."""
-        with _disk(self):
+        with _disk(self.target):
             descriptor = os.open(self._path(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             try:
                 _copy_range(source, 0, descriptor, 0, source.size)
@@ -154,7 +159,7 @@ class Staging:
 
     def write_part(self, step: str, raw_header: bytes, data: list[memoryview]) -> None:
         """Keep the intermediate tensors of a step in a safetensors file of its own."""
-        with _disk(self):
+        with _disk(self.target):
             path = self.parts / _part_name(step)
             with open(path, "wb") as file:
                 file.write(raw_header)
@@ -184,7 +189,7 @@ class Staging:
 
     def commit(self, overwrite: bool) -> None:
         """Sync everything, then rename the finished folder to the target."""
-        with _disk(self):
+        with _disk(self.target):
             for path in self.files.rglob("*"):
                 _sync(path)
             _sync(self.files)
@@ -209,6 +214,7 @@ class Staging:
     def discard(self) -> None:
         """Remove the staging folder."""
         self.close_files()
+        self._clear()
         shutil.rmtree(self.root, ignore_errors=True)
 
     def close(self) -> None:
@@ -254,6 +260,11 @@ def open_staging(target: Path, fingerprint: str) -> Iterator[Staging]:
 
 def check_target(target: Path, inputs: Iterable[tuple[str, Path]], overwrite: bool) -> None:
     """Refuse a target that exists, is an input, lies in one, or holds one. `inputs` are roles and paths."""
+    with _disk(target):
+        _check_target(target, inputs, overwrite)
+
+
+def _check_target(target: Path, inputs: Iterable[tuple[str, Path]], overwrite: bool) -> None:
     recover(target)
     real = target.resolve()
     for role, path in inputs:
@@ -268,11 +279,17 @@ def check_target(target: Path, inputs: Iterable[tuple[str, Path]], overwrite: bo
         return
     if not overwrite:
         raise OutputError(f"The output {target} exists already; pass --overwrite to replace it.")
-    if not _MODEL_FILES & set(os.listdir(target)):
+    if not _is_ours(target):
         raise OutputError(
             f"The output {target} exists and holds neither a model nor an adapter; it is left as it is, "
             "choose another output."
         )
+
+
+def _is_ours(target: Path) -> bool:
+    """Whether a folder is what this tool or a training run writes: provenance, or weights beside their config."""
+    names = set(os.listdir(target))
+    return "surgery.json" in names or bool(_CONFIGS & names and any(name.endswith(_WEIGHTS) for name in names))
 
 
 def recover(target: Path) -> None:
@@ -284,15 +301,16 @@ def recover(target: Path) -> None:
 
 def free_bytes(target: Path) -> int:
     """Free bytes for this user on the disk that `target` would be written to."""
-    place = target.absolute()
-    while not place.exists():
-        place = place.parent
-    status = os.statvfs(place)
-    return status.f_bavail * status.f_frsize
+    with _disk(target):
+        place = target.absolute()
+        while not place.exists():
+            place = place.parent
+        status = os.statvfs(place)
+        return status.f_bavail * status.f_frsize
 
 
 @contextlib.contextmanager
-def _disk(staging: Staging) -> Iterator[None]:
+def _disk(target: Path) -> Iterator[None]:
     """Turn what the operating system says about the output into one sentence."""
     try:
         yield
@@ -301,12 +319,16 @@ def _disk(staging: Staging) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = (
-                f"The disk is full while {staging.target} is being written; nothing is at the target. Free some space "
-                f"and run the same command again to resume, or delete {staging.root}."
+                f"The disk is full while {target} is being written; nothing is at the target. Free some space and run "
+                f"the same command again to resume, or delete {_staging_folder(target)}."
             )
         else:
-            message = f"{staging.target} cannot be written: {error.strerror or error}."
+            message = f"{target} cannot be written: {error.strerror or error}."
         raise OutputError(message) from error
+
+
+def _staging_folder(target: Path) -> Path:
+    return target.parent / f".{target.name}.partial"
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:

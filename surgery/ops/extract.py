@@ -350,7 +350,7 @@ def _assemble(
     config = adapter_config({m.name: m.rank for m in modules}, sites, names, alpha, residual, work.tuned, base_name)
     files = {
         "adapter_config.json": config_bytes(config),
-        "README.md": extraction_card(config, report).encode(),
+        "README.md": extraction_card(config, report).encode(errors="replace"),
     }
     return report, Plan(tuple(steps), layout, files, _tokenizer(work))
 

@@ -88,7 +88,9 @@ def record_plan(
     }
     files = {f"{FOLDER}/files/{name}": data for name, data in replaced.items()}
     files |= {f"{FOLDER}/headers/{name}": data for name, data in headers.items()}
-    files[f"{FOLDER}/record.json"] = (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+    files[f"{FOLDER}/record.json"] = (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(
+        errors="backslashreplace"
+    )
     carried = [
         (f"{FOLDER}/adapters/{number}/{name}", adapter.files.folder.open(name))
         for number, adapter in enumerate(adapters)

@@ -117,6 +117,7 @@ def verify_output(checkpoint: Checkpoint, settings: Settings) -> VerifyReport:
     try:
         for name, expected in outputs.items():
             tensor = checkpoint.tensors.get(name)
+            expected = expected if isinstance(expected, dict) else {}
             if tensor is None:
                 problems.append(f"Tensor {name!r} is missing.")
             elif (tensor.dtype.name, list(tensor.shape)) != (expected.get("dtype"), expected.get("shape")):
@@ -145,7 +146,10 @@ def _verify_files(checkpoint: Checkpoint, expected: Mapping[str, object]) -> tup
             problems.append(f"File {name} is missing.")
         elif found[name] != digest:
             problems.append(f"File {name} does not have the hash on record.")
-    return len(expected) - len(problems), problems
+    good = len(expected) - len(problems)
+    # What a version control or a download keeps for itself is nobody's code or text.
+    strangers = [name for name in found if name not in expected and not any(p.startswith(".") for p in name.split("/"))]
+    return good, problems + [f"File {name} is not on record." for name in strangers]
 
 
 def compare(left: Checkpoint, right: Checkpoint, settings: Settings) -> CompareReport:
@@ -225,7 +229,11 @@ def _load(path: Path) -> Any:
         raise MissingExtraError("transformers", "train") from error
     import torch
 
-    config = transformers.AutoConfig.from_pretrained(path)
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InputError(f"{path} cannot be run: transformers has no model for its config ({reason}).") from error
     names = getattr(config, "architectures", None) or []
     cls = getattr(transformers, names[0], None) if names else None
     if cls is None:
