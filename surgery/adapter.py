@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from surgery.checkpoint import Checkpoint, StoredTensor, read_adapter_files
@@ -229,8 +229,3 @@ def _token_indices(files: Checkpoint, module: str) -> tuple[int, ...]:
     if not isinstance(value, list) or not all(type(index) is int and index >= 0 for index in value):
         raise FormatError(f"{files.label}: trainable_token_indices has no list of rows for {module!r}.")
     return tuple(value)
-
-
-def weighted(adapter: Adapter, weight: float) -> Adapter:
-    """The same adapter with another weight."""
-    return replace(adapter, weight=weight)

@@ -79,7 +79,7 @@ _VIT_RENAMES = (
     (r"\boutput\.dense\b", "mlp.fc2"),
 )
 _DINO_RENAMES = (*_VIT_RENAMES[1:4], (r"\battention\.output\.dense\b", "attention.o_proj"))
-_CONV1D = re.compile(r"(.*\.)?h\.\d+\..*\b(c_attn|c_proj|c_fc|q_attn)\.weight")
+CONV1D = re.compile(r"(.*\.)?h\.\d+\..*\b(c_attn|c_proj|c_fc|q_attn)\.weight")
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -90,7 +90,7 @@ FAMILIES: tuple[Family, ...] = (
         ),
         "model",
     ),
-    Family(("gpt2", "openai-gpt", "imagegpt"), "transformer", transposed=_CONV1D),
+    Family(("gpt2", "openai-gpt", "imagegpt"), "transformer", transposed=CONV1D),
     Family(("gpt_neox",), "gpt_neox", _renames((r"^embed_out\.", "lm_head."))),
     Family(("bert",), "bert"),
     Family(("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"), "roberta"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.checkpoint import StoredTensor
+from surgery.dtypes import DType
 
 if TYPE_CHECKING:
     from blake3 import blake3
@@ -39,6 +40,20 @@ def hash_tensor(tensor: StoredTensor, advance: Callable[[int], None] | None = No
         hasher.update(view)
         if advance is not None:
             advance(len(view))
+    return hasher.hexdigest()
+
+
+def hash_as(tensor: StoredTensor, dtype: DType) -> str:
+    """The hash that a stored tensor would have in another dtype, rounded."""
+    import torch
+
+    hasher = new_hash()
+    step = max(_CHUNK // tensor.dtype.nbytes((1,)), 1)
+    for begin in range(0, tensor.numel, step):
+        raw = bytearray(tensor.dtype.nbytes((min(step, tensor.numel - begin),)))
+        tensor.source.read_into(tensor.offset + tensor.dtype.nbytes((begin,)), memoryview(raw))
+        values = torch.frombuffer(raw, dtype=torch.uint8).view(tensor.dtype.to_torch).to(dtype.to_torch)
+        hasher.update(values.view(torch.uint8).numpy().data)
     return hasher.hexdigest()
 
 

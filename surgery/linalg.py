@@ -79,7 +79,8 @@ def truncated_svd(D: torch.Tensor, rank: int, seed: int, energy: float | None = 
         return full_svd(D, rank)
     total = squared_norm(D) if energy is None else energy
     if total == 0.0:
-        return full_svd(D[:, : rank + 1], rank) if n > m else full_svd(D[: rank + 1], rank)
+        none = torch.zeros(rank, device=D.device)
+        return Truncated(torch.eye(m, rank, device=D.device), none, torch.eye(n, rank, device=D.device), 0.0, 0)
     generator = torch.Generator().manual_seed(seed)
     sketch = torch.randn(n, width, generator=generator, dtype=torch.float32).to(D.device)
     basis = torch.linalg.qr(D @ sketch).Q  # (m, l), the range of D seen through random columns

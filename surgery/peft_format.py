@@ -7,6 +7,7 @@ Source: peft 0.21 (`tuners/lora/config.py`, `utils/save_and_load.py`, `tuners/lo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -183,7 +184,7 @@ def adapter_config(
         "modules_to_save": list(residual.modules_to_save) or None,
         "peft_type": "LORA",
         "r": alpha,
-        "rank_pattern": {name: rank for name, rank in sorted(ranks.items()) if rank != alpha},
+        "rank_pattern": {_pattern(name, ranks): rank for name, rank in sorted(ranks.items()) if rank != alpha},
         "revision": None,
         "target_modules": shortest_targets(targets, modules),
         "target_parameters": sorted(parameters, key=natural_key) or None,
@@ -191,6 +192,12 @@ def adapter_config(
         "use_dora": False,
         "use_rslora": False,
     }
+
+
+def _pattern(name: str, ranks: Collection[str]) -> str:
+    """A key of `rank_pattern` that means one module: PEFT takes it for a regular expression for the end of a name."""
+    plain = name if re.fullmatch(r"[\w.-]+", name) else re.escape(name)
+    return f"^{plain}" if any(other.endswith(f".{name}") for other in ranks) else plain
 
 
 def task_type(checkpoint: Checkpoint, residual: Residual) -> str | None:

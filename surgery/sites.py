@@ -15,7 +15,7 @@ from enum import Enum
 from math import prod
 
 from surgery.checkpoint import Checkpoint, StoredTensor
-from surgery.families import Family, family_of, part_of
+from surgery.families import CONV1D, Family, family_of, part_of
 from surgery.names import natural_key, split_parameter
 from surgery.patterns import compile_pattern
 
@@ -33,13 +33,15 @@ class Kind(Enum):
 class Piece:
     """Rows `begin` to `end` of a site's (out, in) matrix, stored as a tensor or as a slice of one.
 
-    With `transposed` the stored matrix is (in, out) of those rows.
+    With `transposed` the stored matrix is (in, out) of those rows. With `is_head` it is an embedding that serves as the
+    output head.
     """
 
     tensor: StoredTensor
     begin: int
     end: int
     transposed: bool = False
+    is_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def find_sites(checkpoint: Checkpoint) -> dict[str, Site]:
     """Every site of a checkpoint by name, in natural order. Needs no table row; see `families` for what one adds."""
     family = family_of(checkpoint.model_type)
     vocabulary = vocabulary_of(checkpoint)
+    transposed = _transposed_names(checkpoint, family)
     sites: list[Site] = []
     stacked: dict[str, dict[int, dict[str, StoredTensor]]] = {}
     for stored, tensor in checkpoint.tensors.items():
@@ -101,7 +104,7 @@ def find_sites(checkpoint: Checkpoint) -> dict[str, Site]:
         if family.experts is not None and (match := family.experts.pattern.fullmatch(name)):
             stack = stacked.setdefault(match["module"], {})
             stack.setdefault(int(match["expert"]), {})[match["projection"]] = tensor
-        elif (site := _single(name, tensor, family, vocabulary)) is not None:
+        elif (site := _single(name, tensor, family, vocabulary, stored in transposed)) is not None:
             sites.append(site)
     if family.experts is not None:
         for module, experts in stacked.items():
@@ -109,7 +112,26 @@ def find_sites(checkpoint: Checkpoint) -> dict[str, Site]:
     return {site.name: site for site in sorted(sites, key=lambda site: natural_key(site.name))}
 
 
-def _single(name: str, tensor: StoredTensor, family: Family, vocabulary: int | None) -> Site | None:
+def _transposed_names(checkpoint: Checkpoint, family: Family) -> set[str]:
+    """Stored matrices that are (in, out), by the family's table; for an unknown family by the lengths of its biases.
+
+    A bias has one value for each output feature. Square matrices tell nothing, so where GPT-2's names are among those
+    that do, all of GPT-2's names count.
+    """
+    tensors = checkpoint.tensors
+    if checkpoint.model_type in family.model_types:
+        return {
+            n for n in tensors if family.transposed is not None and family.transposed.fullmatch(family.in_memory(n))
+        }
+    proven = set()
+    for name, tensor in tensors.items():
+        bias = tensors.get(f"{split_parameter(name)[0]}.bias")
+        if name.endswith(".weight") and len(tensor.shape) == 2 and bias is not None and bias.shape == tensor.shape[1:]:
+            proven |= {name} if tensor.shape[0] != tensor.shape[1] else set()
+    return proven | {n for n in tensors if proven and CONV1D.fullmatch(n)}
+
+
+def _single(name: str, tensor: StoredTensor, family: Family, vocabulary: int | None, transposed: bool) -> Site | None:
     module, parameter = split_parameter(name)
     shape = tensor.shape
     if len(shape) < 2 or not module or 0 in shape:
@@ -126,7 +148,6 @@ def _single(name: str, tensor: StoredTensor, family: Family, vocabulary: int | N
         return Site(module, Kind.CONV, part, ((Piece(tensor, 0, out),),), out, wide, shape[2:])
     if len(shape) != 2:
         return None
-    transposed = family.transposed is not None and family.transposed.fullmatch(name) is not None
     out, wide = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
     pieces = ((Piece(tensor, 0, out, transposed),),)
     if family.routers is not None and family.routers.fullmatch(module):

@@ -155,11 +155,3 @@ def read_bytes(source: Source, offset: int, count: int) -> bytes:
     data = bytearray(count)
     source.read_into(offset, memoryview(data))
     return bytes(data)
-
-
-def read_file(path: Path, limit: int) -> bytes:
-    """A whole small file, refused above `limit` bytes: a config of gigabytes is an attack or a mistake."""
-    source = FileSource(path)
-    if source.size > limit:
-        raise FormatError(f"{path} has {source.size} bytes, more than the {limit} that such a file may have.")
-    return read_bytes(source, 0, source.size)

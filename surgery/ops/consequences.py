@@ -6,7 +6,7 @@ Each function looks at the changes that the adapters make and returns settings f
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from surgery.adapter import Adapter
 from surgery.checkpoint import Checkpoint, StoredTensor
@@ -14,7 +14,8 @@ from surgery.errors import MismatchError
 from surgery.families import part_of
 from surgery.hashing import hash_tensor
 from surgery.names import split_parameter
-from surgery.ops.fitting import HEAD, Change, head_tied_to
+from surgery.ops.directory import HEAD, embedding_of_tied
+from surgery.ops.fitting import Change
 
 _TASK_CLASSES = {
     "SEQ_CLS": "ForSequenceClassification",
@@ -29,36 +30,52 @@ TOKENIZER_FILES = (
 
 
 def settle_tying(
-    base: Checkpoint, adapters: Sequence[Adapter], changes: Mapping[str, Change]
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    changes: Mapping[str, Change],
+    base_hash: Callable[[StoredTensor], str],
 ) -> tuple[dict[str, Change], dict[str, object], list[str]]:
     """Keep a tied head tied where both ends change alike, and untie it where only one does.
 
     An adapter that was trained on the embedding alone, or on the head alone, of a tied model saw the other end
-    unchanged; adding it to the one stored matrix would change both. PEFT's `merge_and_unload` does that, and warns.
-    Returns the changes, config settings, and notes.
+    unchanged; adding it to the one matrix would change both. PEFT's `merge_and_unload` does that, and warns. A tied
+    model may store its matrix once or twice. Returns the changes, config settings, and notes.
     """
-    tied = head_tied_to(base)
+    tied = embedding_of_tied(base)
     changed = dict(changes)
     if tied is None or not {tied.name, HEAD} & changed.keys():
         return changed, {}, []
+    stored = base.tensors.get(HEAD)
+    if stored is not None and (stored.shape != tied.shape or base_hash(stored) != base_hash(tied)):
+        return changed, {}, []  # the config ties what is not the same
     embedding, head = changed.get(tied.name), changed.get(HEAD)
-    if head is not None and embedding is not None and _same(embedding, head):
-        del changed[HEAD]
+    if embedding is not None and head is not None and _same(embedding, head):
+        if stored is None:
+            del changed[HEAD]
         return changed, {}, []
-    together = any(adapter.config.get("ensure_weight_tying") for adapter in adapters)
-    if together:
+    if embedding is not None and _both_follow(embedding, head, tied, adapters):
         changed.pop(HEAD, None)
+        if stored is not None:
+            start = stored if embedding.start is tied else embedding.start
+            changed[HEAD] = Change(HEAD, stored, start, embedding.rows, embedding.blocks)
         return changed, {}, []
     if head is None:
         assert embedding is not None
-        module = split_parameter(tied.name)[0]
-        wrapped = any(module.endswith(name) for adapter in adapters for name in _modules_to_save(adapter))
         resized = embedding.start.shape != tied.shape
-        if resized or not (embedding.blocks or wrapped):
-            return changed, {}, []  # stored under its own key, it goes into the model itself, and the head follows
-        changed[HEAD] = Change(HEAD, None, tied)
+        if stored is None or resized:
+            changed[HEAD] = Change(HEAD, stored, embedding.start if resized else tied)
     note = f"The head was tied to {tied.name!r} and only one of the two changes, so {HEAD!r} is stored on its own."
     return changed, {"tie_word_embeddings": False}, [note]
+
+
+def _both_follow(embedding: Change, head: Change | None, tied: StoredTensor, adapters: Sequence[Adapter]) -> bool:
+    """Whether what changes the embedding changes the head with it: it was trained so, or is loaded by key."""
+    if any(adapter.config.get("ensure_weight_tying") for adapter in adapters):
+        return True
+    module = split_parameter(tied.name)[0]
+    wrapped = any(module.endswith(name) for adapter in adapters for name in _modules_to_save(adapter))
+    # Stored under its own key a matrix goes into the model itself, and the head follows.
+    return head is None and not embedding.blocks and (embedding.start.shape != tied.shape or not wrapped)
 
 
 def _same(embedding: Change, head: Change) -> bool:
@@ -136,3 +153,23 @@ def with_settings(config: Mapping[str, object], settings: Mapping[str, object]) 
         merged["text_config"] = nested | {key: value for key, value in settings.items() if key in nested}
         settings = {key: value for key, value in settings.items() if key in config or key not in nested}
     return merged | dict(settings)
+
+
+def notes_on(base: Checkpoint, adapters: Sequence[Adapter], changes: Mapping[str, Change]) -> list[str]:
+    """What may surprise about these adapters: a weight that part of one ignores, a copy that is not the base's."""
+    notes = []
+    for adapter in adapters:
+        dora = sum(lora.magnitude is not None for lora in adapter.loras)
+        whole = len(adapter.saved) + len(adapter.tokens)
+        if adapter.weight != 1.0 and dora:
+            notes.append(f"The magnitudes of a DoRA have no weight: those of {adapter.label} apply in full.")
+        if adapter.weight != 1.0 and whole:
+            notes.append(f"What {adapter.label} stores whole ({whole} tensors) has no weight and is taken as it is.")
+    for name, change in changes.items():
+        copied = change.base is not None and ".base_layer.weight" in change.start.name
+        if copied and change.base is not None and change.start.shape == change.base.shape:
+            notes.append(
+                f"An adapter holds a copy of {name!r} that is not {base.label}'s; it is used. Was it trained "
+                "on another base?"
+            )
+    return notes

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from surgery.card import extraction_card
@@ -130,13 +130,13 @@ def extract(
     inputs = (Input("base", base), Input("tuned", tuned))
     output = Path(output)
     check_paths(output, inputs, run_options.overwrite)
-    work = _prepare(base, tuned, options)
+    work = _prepare(*_with_config(base, tuned), options)
+    if not options.any_base:
+        _check_related(work)
     first = _factor_plan(work, dict.fromkeys(work.factored, options.fixed_rank or DEFAULT_RANK))
     summary = summarise([first], output, run_options.settings)
     if run_options.dry_run:
         return ExtractReport(str(output), summary, notes=work.notes, dry_run=True)
-    if not options.any_base:
-        _check_related(work)
     with staged(output, first, ("extract", options), run_options) as run:
         ranks = _choose_ranks(work, run)
         found = run.execute(_factor_plan(work, ranks), "factoring").reports()
@@ -144,6 +144,13 @@ def extract(
         run.execute(plan, "writing")
         run.finish("extract", options, inputs, report.numbers())
         return report
+
+
+def _with_config(base: Checkpoint, tuned: Checkpoint) -> tuple[Checkpoint, Checkpoint]:
+    """Where one of the two is a file without a config, it is read as what the other one is."""
+    if not base.config:
+        return replace(base, config=tuned.config), tuned
+    return base, tuned if tuned.config else replace(tuned, config=base.config)
 
 
 # Planning -------------------------------------------------------------------------------------------------------------
@@ -236,7 +243,8 @@ def _factor_plan(work: _Work, ranks: Mapping[str, int]) -> Plan:
             rank = min(ranks[name], site.out_features, site.in_features)
             steps.append(FactorStep(found, work.options.svd, rank, alpha / rank))
             spare += 2 * element * len(site.matrices) * rank * (site.out_features + site.in_features)
-    steps += [CompareStep(found) for found in work.compared.values()]
+    lenient = work.options.allow_nonfinite
+    steps += [CompareStep(found, lenient) for found in work.compared.values()]
     return Plan(tuple(steps), spare=spare)
 
 

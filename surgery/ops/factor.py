@@ -265,6 +265,7 @@ class CompareStep(Step):
     """Finds out whether, and by how much, two stored tensors of one shape differ."""
 
     pair: TensorPair
+    allow_nonfinite: bool = True
 
     @property
     def name(self) -> str:
@@ -300,4 +301,9 @@ class CompareStep(Step):
                 changed = changed or not torch.equal(old, new)
         changed = changed or energy != 0.0
         finite = math.isfinite(base) and math.isfinite(energy)
+        if not finite and not self.allow_nonfinite:
+            raise NonFiniteError(
+                f"Tensor {self.pair.name!r} holds NaN or infinity, in BASE or in TUNED; mend it, or pass "
+                "--allow-nonfinite."
+            )
         return StepResult({"changed": changed, "base": base if finite else None, "energy": energy if finite else None})

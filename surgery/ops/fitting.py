@@ -7,49 +7,17 @@ factor, or the adapter is refused with everything that does not fit.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from surgery.adapter import Adapter, Lora, TokenRows
 from surgery.checkpoint import Checkpoint, StoredTensor
 from surgery.errors import MismatchError, several
-from surgery.families import FAMILIES, family_of, part_of
+from surgery.hashing import hash_as, hash_tensor
 from surgery.names import natural_key
-from surgery.peft_format import nesting_key
-from surgery.sites import Kind, Piece, Site, find_sites, memory_names, vocabulary_of
-
-_ONE_EXPERT = re.compile(r"(?P<module>.*\.experts)\.(?P<expert>\d+)\.(?P<projection>\w+)")
-_PROJECTIONS = {
-    "gate_proj": ("gate_up_proj", 0),
-    "w1": ("gate_up_proj", 0),
-    "up_proj": ("gate_up_proj", 1),
-    "w3": ("gate_up_proj", 1),
-    "down_proj": ("down_proj", None),
-    "w2": ("down_proj", None),
-}
-
-
-HEAD = "lm_head.weight"
-
-
-def head_tied_to(base: Checkpoint) -> StoredTensor | None:
-    """The embedding that a decoder uses as its output head as well, without storing a head; None where there is one.
-
-    Encoder-decoders are left out: T5 scales its output only while the head is tied, so the two cannot be told apart.
-    """
-    tied = base.text_config.get("tie_word_embeddings", base.config.get("tie_word_embeddings", True))
-    causal = base.architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-    if HEAD in base.tensors or not tied or not causal or base.config.get("is_encoder_decoder"):
-        return None
-    vocabulary = vocabulary_of(base)
-    found = [
-        tensor
-        for name, tensor in base.tensors.items()
-        if len(tensor.shape) == 2 and tensor.shape[0] == vocabulary and part_of(name, tensor.shape) == "embeddings"
-    ]
-    return found[0] if len(found) == 1 else None
+from surgery.ops.directory import HEAD, Directory, Reading, best_reading
+from surgery.sites import Kind, Piece, Site
 
 
 @dataclass(frozen=True)
@@ -119,116 +87,34 @@ class Change:
     blocks: tuple[Block, ...] = ()
 
 
-class _Directory:
-    """The base's sites and parameters, under every name an adapter may use."""
-
-    def __init__(self, base: Checkpoint) -> None:
-        self.base = base
-        self.sites = find_sites(base)
-        self.tied_head = head_tied_to(base)
-        self.known_family = any(base.model_type in family.model_types for family in FAMILIES)
-        self.parameters = {memory: stored for stored, memory in memory_names(base).items()}
-        self.stacks: dict[str, list[Site]] = {}
-        for site in self.sites.values():
-            if site.kind is Kind.PARAMETER:
-                self.stacks.setdefault(site.module, []).append(site)
-        for stack in self.stacks.values():
-            stack.sort(key=lambda site: nesting_key(site.name))
-
-    def site(self, lora: Lora, name: str, targets: Sequence[str]) -> Site | None:
-        """The site that a LoRA acts on if its module is called `name`."""
-        if (site := self.sites.get(name)) is not None and site.kind is not Kind.PARAMETER:
-            return site
-        if name in self.stacks:
-            named = [s for s in self.stacks[name] if any(s.name == t or s.name.endswith(f".{t}") for t in targets)]
-            place = len(named) - 1 - lora.depth
-            return named[place] if 0 <= place < len(named) else None
-        return self._stored(name) or self._one_expert(name) or self._tied(name)
-
-    def _stored(self, name: str) -> Site | None:
-        for parameter in ("weight", "in_proj_weight"):  # the latter is torch's own MultiheadAttention
-            tensor = self.base.tensors.get(f"{name}.{parameter}")
-            if tensor is not None and len(tensor.shape) >= 2:
-                kernel = tensor.shape[2:]
-                out, wide = tensor.shape[0], prod(tensor.shape[1:])
-                kind = Kind.CONV if kernel else Kind.LINEAR
-                return Site(name, kind, "other", ((Piece(tensor, 0, out),),), out, wide, kernel)
-        return None
-
-    def _one_expert(self, name: str) -> Site | None:
-        """One projection of one expert, where the base stores them fused or the adapter uses in-memory names."""
-        match = _ONE_EXPERT.fullmatch(name)
-        if match is None or match["projection"] not in _PROJECTIONS:
-            return None
-        parameter, half = _PROJECTIONS[match["projection"]]
-        stack = self.sites.get(f"{match['module']}.{parameter}")
-        number = int(match["expert"])
-        if stack is None or number >= len(stack.matrices):
-            return None
-        pieces = stack.matrices[number]
-        if half is None:
-            return Site(name, Kind.LINEAR, "experts", (pieces,), stack.out_features, stack.in_features)
-        if len(pieces) == 2:
-            piece = pieces[half]
-            own = Piece(piece.tensor, 0, piece.end - piece.begin, piece.transposed)
-            return Site(name, Kind.LINEAR, "experts", ((own,),), own.end, stack.in_features)
-        return None  # a fused tensor that holds both halves: the fused adapter is the one that fits it
-
-    def _tied(self, name: str) -> Site | None:
-        """The output head, where the base has it tied to its embedding and stores nothing of its own."""
-        if self.tied_head is None or f"{name}.weight" != HEAD:
-            return None
-        out, wide = self.tied_head.shape
-        return Site(name, Kind.LINEAR, "head", ((Piece(self.tied_head, 0, out),),), out, wide)
-
-    def parameter(self, name: str) -> str | None:
-        """The stored name of a parameter."""
-        if name == HEAD and self.tied_head is not None:
-            return HEAD
-        return self.parameters.get(name) or (name if name in self.base.tensors else None)
+Blocks = dict[str, dict[tuple[int, int], list[Contribution]]]
 
 
-Reading = Callable[[str], str]
+def fit(
+    base: Checkpoint, adapters: Sequence[Adapter], base_hash: Callable[[StoredTensor], str] = hash_tensor
+) -> dict[str, Change]:
+    """Place every tensor of every adapter. Raises `MismatchError` naming all that do not fit.
 
-
-def _readings(base: Checkpoint) -> list[Reading]:
-    """Ways to read the module names of an adapter, most literal first."""
-    prefix = family_of(base.model_type).base_prefix
-    prefixes = [prefix] if prefix else []
-    first = {name.split(".", 1)[0] for name in base.tensors if "." in name}
-    prefixes += [next(iter(first))] if len(first) == 1 and not prefix else []
-    readings: list[Reading] = [lambda name: name]
-    for one in [*prefixes, "model", "transformer"]:
-        readings.append(lambda name, one=one: name.removeprefix(f"{one}."))  # type: ignore[misc]
-        readings.append(lambda name, one=one: f"{one}.{name}")  # type: ignore[misc]
-    readings += [
-        lambda name: re.sub(r"^model\.(?!language_model\.)", "model.language_model.", name),
-        lambda name: re.sub(r"^model\.(?!language_model\.)", "language_model.model.", name),
-        lambda name: name.replace("model.language_model.", "model.", 1),
-        lambda name: name.replace("language_model.model.", "model.", 1),
-    ]
-    return readings
-
-
-def fit(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, Change]:
-    """Place every tensor of every adapter. Raises `MismatchError` naming all that do not fit."""
-    directory = _Directory(base)
-    blocks: dict[str, dict[tuple[int, int], list[Contribution]]] = {}
+    Args:
+        base: what the adapters are for.
+        adapters: in the order in which they are added.
+        base_hash: the hash of one of the base's tensors; another than that of its bytes where `base` is a merged
+            checkpoint seen as its base.
+    """
+    directory = Directory(base)
+    blocks: Blocks = {}
     saved: dict[str, StoredTensor] = {}
     rows: dict[str, list[TokenRows]] = {}
     problems: list[str] = []
-    for number, adapter in enumerate(adapters):
-        reading = _best_reading(directory, adapter)
-        for lora in adapter.loras:
-            problems += _place_lora(directory, adapter, number, lora, reading, blocks)
+    readings = [best_reading(directory, adapter) for adapter in adapters]
+    for adapter, reading in zip(adapters, readings, strict=True):
         for name, tensor in adapter.saved.items():
-            problems += _place_saved(directory, adapter, name, tensor, reading, saved)
+            problems += _place_saved(directory, adapter, name, tensor, reading, saved, base_hash)
+    for number, (adapter, reading) in enumerate(zip(adapters, readings, strict=True)):
         for module, replaced in adapter.tokens.items():
-            stored = directory.parameter(reading(f"{module}.weight"))
-            if stored is None:
-                problems.append(f"{adapter.label}: {base.label} has no embedding {module!r} for its replaced rows.")
-            else:
-                rows.setdefault(stored, []).append(replaced)
+            problems += _place_rows(directory, adapter, module, replaced, reading, saved, rows, blocks)
+        for lora in adapter.loras:
+            problems += _place_lora(directory, adapter, number, lora, reading, saved, blocks)
     if problems:
         raise MismatchError(several(f"fitting onto {base.label}", problems), problems)
     changes = {}
@@ -241,43 +127,30 @@ def fit(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, Change]:
     return changes
 
 
-def _best_reading(directory: _Directory, adapter: Adapter) -> Reading:
-    """The first reading that places every LoRA (or, without any, every saved tensor); else the one that places most."""
-
-    def placed(reading: Reading) -> int:
-        if not adapter.loras:
-            return sum(directory.parameter(reading(name)) is not None for name in adapter.saved)
-        targets = adapter.target_parameters
-        return sum(directory.site(lora, reading(lora.module), targets) is not None for lora in adapter.loras)
-
-    readings = _readings(directory.base)
-    wanted = len(adapter.loras) or len(adapter.saved)
-    best, best_count = readings[0], -1
-    for reading in readings:
-        if (count := placed(reading)) > best_count:
-            best, best_count = reading, count
-        if best_count == wanted:
-            break
-    return best
-
-
 def _place_lora(
-    directory: _Directory,
+    directory: Directory,
     adapter: Adapter,
     number: int,
     lora: Lora,
     reading: Reading,
-    blocks: dict[str, dict[tuple[int, int], list[Contribution]]],
+    saved: Mapping[str, StoredTensor],
+    blocks: Blocks,
 ) -> list[str]:
     name = reading(lora.module)
     site = directory.site(lora, name, adapter.target_parameters)
     if site is None:
         return [f"{adapter.label}: {directory.base.label} has no module {lora.module!r}; is it the adapter's base?"]
     experts = len(site.matrices) if site.kind is Kind.PARAMETER else 1
-    key = site.name if site.kind is Kind.PARAMETER else lora.module
+    key = _pattern_key(adapter, lora, site)
     rank, left = divmod(lora.A.shape[0], experts)
-    transposed = _transposed(directory, adapter, lora, site)
-    out, wide = (site.in_features, site.out_features) if lora.embedding else (site.out_features, site.in_features)
+    flagged = _is_flagged(directory, adapter, lora, site)
+    rows, columns = site.out_features, site.in_features
+    if flagged:
+        rows, columns = columns, rows
+    resized = saved.get(_output(directory, site.matrices[0][0])) if len(site.tensors) == 1 else None
+    if resized is not None:  # a vocabulary of another size: what the adapter brings is what its factors are for
+        rows = resized.shape[0]
+    out, wide = (columns, rows) if lora.embedding else (rows, columns)
     expected_A, expected_B = (rank * experts, wide), (out, rank * experts)
     found_A, found_B = (lora.A.shape[0], prod(lora.A.shape[1:])), (lora.B.shape[0], prod(lora.B.shape[1:]))
     if left or (found_A, found_B) != (expected_A, expected_B):
@@ -295,20 +168,39 @@ def _place_lora(
     scale = adapter.scale(key, rank)
     for expert, matrix in enumerate(site.matrices):
         for piece in matrix:
+            whole = len(site.tensors) == 1
             contribution = Contribution(
                 adapter=number,
                 lora=lora,
                 scale=scale,
                 expert=expert,
                 experts=experts,
-                begin=piece.begin,
-                end=piece.end,
-                transposed=lora.embedding or transposed,
+                begin=0 if whole else piece.begin,
+                end=rows if whole else piece.end,
+                transposed=lora.embedding or piece.transposed or flagged,
                 shape=piece.tensor.shape if site.kind is Kind.CONV else (),
             )
-            output = HEAD if site.part == "head" and piece.tensor is directory.tied_head else piece.tensor.name
-            blocks.setdefault(output, {}).setdefault(_rows(directory.base, piece.tensor), []).append(contribution)
+            place = (0, resized.rows) if resized is not None else _rows(directory.base, piece.tensor)
+            blocks.setdefault(_output(directory, piece), {}).setdefault(place, []).append(contribution)
     return _place_bias(directory, adapter, number, lora, site, scale, blocks)
+
+
+def _output(directory: Directory, piece: Piece) -> str:
+    """The name under which the output stores a piece of a site: its own, or the head's where the base ties that."""
+    tied = directory.tied_head
+    return HEAD if tied is not None and piece.is_head and piece.tensor is tied else piece.tensor.name
+
+
+def _pattern_key(adapter: Adapter, lora: Lora, site: Site) -> str:
+    """What PEFT matches `rank_pattern` and `alpha_pattern` with: the parameter where that is targeted, or the module.
+
+    A linear layer's weight can be named in `target_parameters` too.
+    """
+    if site.kind is Kind.PARAMETER:
+        return site.name
+    weight = f"{lora.module}.weight"
+    targeted = any(f".{weight}".endswith(f".{target}") for target in adapter.target_parameters)
+    return weight if targeted else lora.module
 
 
 def _rows(base: Checkpoint, tensor: StoredTensor) -> tuple[int, int]:
@@ -318,13 +210,13 @@ def _rows(base: Checkpoint, tensor: StoredTensor) -> tuple[int, int]:
 
 
 def _place_bias(
-    directory: _Directory,
+    directory: Directory,
     adapter: Adapter,
     number: int,
     lora: Lora,
     site: Site,
     scale: float,
-    blocks: dict[str, dict[tuple[int, int], list[Contribution]]],
+    blocks: Blocks,
 ) -> list[str]:
     if lora.bias is None:
         return []
@@ -336,11 +228,11 @@ def _place_bias(
     return []
 
 
-def _transposed(directory: _Directory, adapter: Adapter, lora: Lora, site: Site) -> bool:
-    """Whether the weight is stored (in, out): by the family's table, for an unknown family by the adapter's flag."""
-    known = site.matrices[0][0].transposed
-    if known or directory.known_family or lora.embedding or site.kind is not Kind.LINEAR:
-        return known
+def _is_flagged(directory: Directory, adapter: Adapter, lora: Lora, site: Site) -> bool:
+    """Whether only the adapter's `fan_in_fan_out` says that a weight is stored (in, out): its family is not known."""
+    known = site.matrices[0][0].transposed or directory.known_family
+    if known or lora.embedding or site.kind is not Kind.LINEAR:
+        return False
     fits = (lora.A.shape[1], lora.B.shape[0]) == site.matrices[0][0].tensor.shape
     return bool(adapter.config.get("fan_in_fan_out")) and fits
 
@@ -351,12 +243,13 @@ def _shape(site: Site) -> str:
 
 
 def _place_saved(
-    directory: _Directory,
+    directory: Directory,
     adapter: Adapter,
     name: str,
     tensor: StoredTensor,
     reading: Reading,
     saved: dict[str, StoredTensor],
+    base_hash: Callable[[StoredTensor], str],
 ) -> list[str]:
     stored = directory.parameter(reading(name)) or directory.parameter(name)
     if stored == HEAD and directory.tied_head is not None:
@@ -374,20 +267,54 @@ def _place_saved(
                 f"{adapter.label}: parameter {name!r} has shape {list(tensor.shape)}, but {directory.base.label} has "
                 f"{list(old)}; is it the adapter's base?"
             ]
+    if _is_copy(tensor, directory.base.tensors.get(stored), base_hash):
+        return []
     if stored in saved:
         return [f"{adapter.label}: {name!r} is replaced by another adapter too; merge one of them at a time."]
     saved[stored] = tensor
     return []
 
 
-def used_tensors(changes: Iterable[Change]) -> list[StoredTensor]:
-    """Every adapter tensor that some changes read, each once."""
-    found: dict[tuple[str, str, int, str], StoredTensor] = {}
-    for change in changes:
-        for block in change.blocks:
-            for contribution in block.contributions:
-                found |= {tensor.key: tensor for tensor in contribution.lora.tensors}
-        found |= {replaced.values.key: replaced.values for replaced in change.rows}
-        if change.start is not change.base:
-            found[change.start.key] = change.start
-    return list(found.values())
+def _is_copy(tensor: StoredTensor, own: StoredTensor | None, base_hash: Callable[[StoredTensor], str]) -> bool:
+    """Whether an adapter's tensor is the base's own: PEFT stores the embeddings and heads that it wraps, too.
+
+    Told by its key, and then by its values in the base's dtype.
+    """
+    if own is None or ".base_layer." not in tensor.name or tensor.shape != own.shape:
+        return False
+    if not (tensor.dtype.arithmetic and own.dtype.arithmetic):
+        return False
+    found = hash_tensor(tensor) if tensor.dtype == own.dtype else hash_as(tensor, own.dtype)
+    return found == base_hash(own)
+
+
+def _place_rows(
+    directory: Directory,
+    adapter: Adapter,
+    module: str,
+    replaced: TokenRows,
+    reading: Reading,
+    saved: Mapping[str, StoredTensor],
+    rows: dict[str, list[TokenRows]],
+    blocks: Blocks,
+) -> list[str]:
+    stored = directory.parameter(reading(f"{module}.weight"))
+    if stored is None:
+        return [f"{adapter.label}: {directory.base.label} has no embedding {module!r} for its replaced rows."]
+    whole = saved.get(stored) or directory.base.tensors.get(stored) or directory.tied_head
+    assert whole is not None
+    values, indices = replaced.values, replaced.indices
+    where = f"{adapter.label}: the replaced rows of {module!r}"
+    if not values.dtype.arithmetic or values.shape != (len(indices), whole.columns):
+        return [
+            f"{where} are {values.dtype} {list(values.shape)}, expected [{len(indices)}, {whole.columns}]: as many as "
+            "trainable_token_indices names."
+        ]
+    if len(set(indices)) != len(indices) or max(indices, default=0) >= whole.rows:
+        return [f"{where} are rows {list(indices)[:8]}, expected different ones below {whole.rows}."]
+    if stored in blocks:
+        return [
+            f"{where} would replace what an adapter before it adds to them; merge one after the other, in two commands."
+        ]
+    rows.setdefault(stored, []).append(replaced)
+    return []

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from surgery.adapter import Adapter
+from surgery.adapter import Adapter, Lora
 from surgery.checkpoint import Checkpoint, StoredTensor
 from surgery.families import PARTS, part_of
 from surgery.names import expert_of, layer_of, natural_key
-from surgery.ops.fitting import head_tied_to
+from surgery.ops.directory import head_tied_to
 from surgery.ops.record import has_record
 from surgery.provenance import read_provenance
 from surgery.sites import find_sites, memory_names, vocabulary_of
@@ -97,7 +97,7 @@ class AdapterReport:
     """What an adapter is.
 
     Attributes:
-        ranks: how many modules have each rank; of stacked experts, the rank of the whole stack divided by none.
+        ranks: how many modules have each rank; of stacked experts, the rank of one.
         alpha: the config's `lora_alpha`.
         targets: last components of the modules' names, with how many modules each.
         variants: what is particular: `rsLoRA`, `DoRA`, `lora_bias`, `embeddings`, `target_parameters`, `rank_pattern`,
@@ -174,7 +174,7 @@ def inspect_adapter(adapter: Adapter, tensors: bool = False) -> AdapterReport:
     dtypes: dict[str, list[StoredTensor]] = {}
     for tensor in files.tensors.values():
         dtypes.setdefault(tensor.dtype.name, []).append(tensor)
-    ranks = Counter(lora.A.shape[0] for lora in adapter.loras)
+    ranks = Counter(_rank(adapter, lora) for lora in adapter.loras)
     targets = Counter(lora.module.rpartition(".")[2] for lora in adapter.loras)
     base, task = config.get("base_model_name_or_path"), config.get("task_type")
     return AdapterReport(
@@ -192,6 +192,14 @@ def inspect_adapter(adapter: Adapter, tensors: bool = False) -> AdapterReport:
         origin=_origin(files),
         tensors=_tensors(files) if tensors else (),
     )
+
+
+def _rank(adapter: Adapter, lora: Lora) -> int:
+    """The rank of a pair of factors; of stacked experts the config's, for the stack has that many rows an expert."""
+    rows, rank = lora.A.shape[0], adapter.config.get("r")
+    holders = {target.rpartition(".")[0] for target in adapter.target_parameters}
+    stacked = any(f".{lora.module}".endswith(f".{holder}") for holder in holders)
+    return rank if stacked and isinstance(rank, int) and rows % rank == 0 else rows
 
 
 def _tensors(checkpoint: Checkpoint) -> tuple[TensorSummary, ...]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -18,14 +19,22 @@ from surgery.adapter import Adapter
 from surgery.checkpoint import Checkpoint, StoredTensor
 from surgery.dtypes import DType
 from surgery.errors import OptionError
+from surgery.hashing import hash_tensor
 from surgery.layout import Layout, TensorSpec, lay_out
 from surgery.operation import Run, RunOptions, carried_files, check_paths, config_bytes, staged, summarise
-from surgery.ops.consequences import TOKENIZER_FILES, settle_task, settle_tying, settle_vocabulary, with_settings
+from surgery.ops.consequences import (
+    TOKENIZER_FILES,
+    notes_on,
+    settle_task,
+    settle_tying,
+    settle_vocabulary,
+    with_settings,
+)
 from surgery.ops.deltas import relative_change
 from surgery.ops.fitting import Change, fit
 from surgery.ops.record import record_plan
 from surgery.ops.undo import estimated_share
-from surgery.ops.weights import CastStep, Undo, WeightStep
+from surgery.ops.weights import TakeStep, Undo, WeightStep
 from surgery.pairing import refuse_quantised
 from surgery.plan import CopyStep, Plan, Step
 from surgery.provenance import Input
@@ -120,7 +129,9 @@ def plan_merge(
     """
     refuse_quantised(base)
     undo = undo or {}
-    changes, tying, notes = settle_tying(base, adapters, fit(base, adapters))
+    base_hash = _base_hash(undo)
+    changes, tying, notes = settle_tying(base, adapters, fit(base, adapters, base_hash), base_hash)
+    notes += notes_on(base, adapters, changes)
     vocabulary = settle_vocabulary(base, changes)
     task, task_notes = settle_task(base, adapters, changes)
     settings = {**tying, **vocabulary, **task}
@@ -130,7 +141,7 @@ def plan_merge(
         change = changes.get(name)
         spec = _spec(name, base.tensors.get(name), change, dtype)
         specs.append(spec)
-        steps[name] = _step(spec, base.tensors.get(name), change, undo.get(name), options)
+        steps[name] = _step(spec, base, change, undo, options)
     layout = lay_out(base, specs, options.shard_bytes)
     ordered = tuple(steps[info.name] for file in layout.files for info in file.entries)
     tokenizer = dict(_tokenizer(adapters)) if vocabulary else {}
@@ -162,31 +173,28 @@ def _main_dtype(base: Checkpoint) -> DType:
     return max(sizes, key=lambda dtype: (sizes[dtype], dtype.order))
 
 
+def _base_hash(undo: Mapping[str, Undo]) -> Callable[[StoredTensor], str]:
+    """The hash of a tensor of the base, from the undo record where the base is still to be restored."""
+
+    @cache
+    def of(tensor: StoredTensor) -> str:
+        known = undo[tensor.name].hash if tensor.name in undo else None
+        return known or hash_tensor(tensor)
+
+    return of
+
+
 def _step(
-    spec: TensorSpec,
-    base: StoredTensor | None,
-    change: Change | None,
-    undo: Undo | None,
-    options: MergeOptions,
+    spec: TensorSpec, base: Checkpoint, change: Change | None, undo: Mapping[str, Undo], options: MergeOptions
 ) -> Step:
-    if change is None:
-        assert base is not None
-        if undo is not None:
-            return WeightStep(spec, base, undo=undo, allow_nonfinite=options.allow_nonfinite)
-        return CopyStep(spec, base)
-    start = change.start
-    own = start is base
-    if not change.blocks and not change.rows and not (own and undo):
-        return CopyStep(spec, start) if start.dtype == spec.dtype else CastStep(spec, start)
-    return WeightStep(
-        spec,
-        start,
-        change.blocks,
-        change.rows,
-        undo if own else None,
-        record=options.reversible and own,
-        allow_nonfinite=options.allow_nonfinite,
-    )
+    start = base.tensors[spec.name] if change is None else change.start
+    blocks, rows = ((), ()) if change is None else (change.blocks, change.rows)
+    is_base = base.tensors.get(start.name) is start  # else an adapter brings it
+    removed = undo.get(start.name) if is_base else None
+    if blocks or rows or removed is not None:
+        record = options.reversible and change is not None and start is change.base
+        return WeightStep(spec, start, blocks, rows, removed, record, options.allow_nonfinite)
+    return CopyStep(spec, start) if is_base else TakeStep(spec, start, options.allow_nonfinite)
 
 
 def _tokenizer(adapters: Sequence[Adapter]) -> tuple[tuple[str, Source], ...]:

@@ -22,7 +22,7 @@ from surgery.ops.fitting import Change, fit
 from surgery.ops.merge import MergeOptions, MergePlan, check_reversible, plan_merge, run_merge
 from surgery.ops.record import Record, has_record, open_record
 from surgery.ops.weights import Undo
-from surgery.provenance import Input
+from surgery.provenance import Input, read_provenance
 from surgery.reports import MergeReport
 
 
@@ -35,6 +35,8 @@ class _Removal:
         undo: for each changed tensor how to restore it.
         removed, kept: the adapters that go, and those of the record that are put back.
         record: the undo record, or None where the removal is approximate.
+        digests: the base's hashes, from the record.
+        notes: what the report should say about the removal.
     """
 
     base: Checkpoint
@@ -43,6 +45,7 @@ class _Removal:
     kept: tuple[Adapter, ...] = ()
     record: Record | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def check(self, outputs: Mapping[str, str], changes: Mapping[str, Change]) -> None:
         """Every tensor that nothing was added to must have the base's hash."""
@@ -58,6 +61,7 @@ class _Removal:
         norm = math.fsum(float(str(one["norm"])) for one in found.values() if "norm" in one)
         return replace(
             report,
+            notes=(*self.notes, *report.notes),
             exact=self.record is not None,
             removed=tuple(adapter.files.provenance["source"] for adapter in self.removed),
             expected_error=math.sqrt(rounding / norm) if norm and self.record is None else None,
@@ -130,7 +134,8 @@ def _exact(merged: Checkpoint, old: Sequence[Adapter]) -> _Removal:
     """Restore the base by its record; of the merged adapters, put those back that are not to go."""
     record = open_record(merged)
     base = record.base_view(merged)
-    blocks = {name: change.blocks for name, change in fit(base, record.adapters).items()}
+    fitted = fit(base, record.adapters, lambda tensor: record.hash(tensor.name))
+    blocks = {name: change.blocks for name, change in fitted.items()}
     undo = {name: record.undo(name, blocks.get(name, ())) for name, how in record.restored.items() if how == "record"}
     going = _identify(merged, record, old) if old else set(range(len(record.adapters)))
     removed = tuple(adapter for number, adapter in enumerate(record.adapters) if number in going)
@@ -150,6 +155,11 @@ def _identify(merged: Checkpoint, record: Record, old: Sequence[Adapter]) -> set
         if number is None:
             names = ", ".join(known.files.provenance["source"] for known in record.adapters)
             problems.append(f"{adapter.label} is not among the adapters merged into {merged.label}: {names}.")
+        elif adapter.weight not in (1.0, record.adapters[number].weight):
+            problems.append(
+                f"{adapter.label} was merged with weight {record.adapters[number].weight:g}, not {adapter.weight:g}; "
+                "leave the weight out."
+            )
         else:
             found.add(number)
     if problems:
@@ -179,7 +189,49 @@ def _approximate(merged: Checkpoint, old: Sequence[Adapter]) -> _Removal:
     if problems:
         what = f"the adapters cannot be taken out of {merged.label}; merge with --reversible"
         raise UnsupportedError(several(what, problems), problems)
-    return _Removal(merged, undo, tuple(old))
+    return _Removal(merged, undo, tuple(old), notes=tuple(_evidence(merged, old)))
+
+
+def _evidence(merged: Checkpoint, old: Sequence[Adapter]) -> list[str]:
+    """Notes on adapters of which nothing shows that they were merged. Raises where `surgery.json` shows otherwise."""
+    content = read_provenance(merged.folder)
+    if content is None or content.get("operation") != "merge":
+        return [
+            f"Nothing shows that {adapter.label} was ever merged into {merged.label}; the result is the one minus the "
+            "other."
+            for adapter in old
+        ]
+    inputs = content.get("inputs")
+    recorded = [
+        item for item in (inputs if isinstance(inputs, list) else []) if isinstance(item, dict) and item.get("tensors")
+    ]
+    merged_ones = [item for item in recorded if item.get("role") == "adapter"]
+    if not merged_ones:
+        return []  # without hashes nothing can be told
+    hashes = HashBook()
+    problems = []
+    for adapter in old:
+        mine = _content(adapter, hashes)
+        known = [item for item in merged_ones if _recorded_content(item) == mine]
+        weights = {item.get("weight") for item in known}
+        if not known:
+            names = ", ".join(str(item.get("source")) for item in merged_ones)
+            problems.append(f"{adapter.label} is not what was merged into {merged.label}: {names}; name that.")
+        elif adapter.weight not in weights:
+            found = " or ".join(f"{weight}" for weight in weights)
+            problems.append(
+                f"{adapter.label} was merged into {merged.label} with weight {found}, not {adapter.weight:g}; write "
+                f"{adapter.label}={found}."
+            )
+    if problems:
+        raise MismatchError(several(merged.label, problems), problems)
+    return []
+
+
+def _recorded_content(item: Mapping[str, object]) -> dict[str, object]:
+    tensors = item.get("tensors")
+    listed = tensors.items() if isinstance(tensors, dict) else ()
+    return {name: entry.get("blake3") for name, entry in listed if isinstance(entry, dict)}
 
 
 def _check_literals(removal: _Removal, merging: MergePlan, options: MergeOptions) -> None:

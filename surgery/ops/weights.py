@@ -115,6 +115,7 @@ class WeightStep(Step):
             tile = stored.to(io.device)
             base, wide = (tile.to(dtype), None) if removing is None else removing.base_of(tile, begin, end)
             start = self._with_rows(io, base, begin, end)
+            wide = wide if wide is None else self._with_rows(io, wide, begin, end)
             found, first = adding.at(begin)
             rounded = start
             scales: list[torch.Tensor | None] = []
@@ -147,21 +148,19 @@ class WeightStep(Step):
         for replaced in self.rows:
             inside = [(place, row) for place, row in enumerate(replaced.indices) if begin <= row < end]
             if inside:
-                values = io.shared(replaced.values).to(base.device, base.dtype)
+                values = io.shared(replaced.values)
+                if not self.allow_nonfinite:
+                    _refuse_nonfinite(replaced.values, values)
+                values = values.to(base.device, base.dtype)
                 base = base.clone()
                 base[torch.tensor([row - begin for _, row in inside])] = values[[place for place, _ in inside]]
         return base
 
     def _name_nonfinite(self, io: StepIO) -> None:
         """Find out where NaN or infinity came from, and say so."""
-        remedy = "mend it, or pass --allow-nonfinite"
         for tensor in self.reads:
-            if tensor.dtype.arithmetic:
-                for _, _, (tile,) in io.chunks(tensor):
-                    if not bool(tile.double().isfinite().all()):
-                        raise NonFiniteError(
-                            f"Tensor {tensor.name!r} in {tensor.source.name} holds NaN or infinity; {remedy}."
-                        )
+            for _, _, (tile,) in io.chunks(tensor):
+                _refuse_nonfinite(tensor, tile)
         raise NonFiniteError(
             f"The merged weights of {self.name!r} exceed the range of {self.output.dtype}; lower the adapter's weight, "
             "or pass --allow-nonfinite."
@@ -169,11 +168,12 @@ class WeightStep(Step):
 
 
 @dataclass(frozen=True)
-class CastStep(Step):
-    """A tensor in another dtype, rounded once."""
+class TakeStep(Step):
+    """A tensor that an adapter brings whole, in the dtype of the output, rounded once."""
 
     output: TensorSpec
     source: StoredTensor
+    allow_nonfinite: bool = False
 
     @property
     def name(self) -> str:
@@ -193,8 +193,18 @@ class CastStep(Step):
 
     def run(self, io: StepIO) -> StepResult:
         for begin, _, (tile,) in io.chunks(self.source):
+            if not self.allow_nonfinite:
+                _refuse_nonfinite(self.source, tile)
             io.write(self.output, begin, tile.to(self.output.dtype.to_torch))
         return StepResult()
+
+
+def _refuse_nonfinite(tensor: StoredTensor, values: torch.Tensor) -> None:
+    """Raise `NonFiniteError` naming the tensor that some values are from, unless all of them are numbers."""
+    if tensor.dtype.arithmetic and not bool(values.double().isfinite().all()):
+        raise NonFiniteError(
+            f"Tensor {tensor.name!r} in {tensor.source.name} holds NaN or infinity; mend it, or pass --allow-nonfinite."
+        )
 
 
 def _arithmetic(dtype: DType) -> str:
