@@ -49,6 +49,10 @@ class Header:
     def data_start(self) -> int:
         return len(self.raw)
 
+    @property
+    def data_size(self) -> int:
+        return self.tensors[-1].end if self.tensors else 0
+
 
 def read_header(source: Source) -> Header:
     """Read and check the header of a safetensors file. Raises `FormatError` with a sentence naming the file."""

@@ -64,6 +64,8 @@ def settle_tying(
         resized = embedding.start.shape != tied.shape
         if stored is None or resized:
             changed[HEAD] = Change(HEAD, stored, embedding.start if resized else tied)
+    elif embedding is None and head.start.shape != tied.shape and ".base_layer." in head.start.name:
+        changed[tied.name] = Change(tied.name, tied, head.start)  # what the resized embedding was, tied to its head
     note = f"The head was tied to {tied.name!r} and only one of the two changes, so {HEAD!r} is stored on its own."
     return changed, {"tie_word_embeddings": False}, [note]
 
@@ -98,9 +100,9 @@ def settle_vocabulary(base: Checkpoint, changes: Mapping[str, Change]) -> dict[s
         if part_of(name, tensor.shape) not in ("embeddings", "head") or len(tensor.shape) != 2:
             continue
         old = base.tensors.get(name)
-        if old is not None and old.shape[0] == _vocabulary(base):
+        if (old is not None and old.shape[0] == _vocabulary(base)) or (old is None and name == HEAD):
             rows[name] = tensor.shape[0]
-            resized = resized or tensor.shape != old.shape
+            resized = resized or tensor.shape[0] != _vocabulary(base)
     if not resized:
         return {}
     if len(set(rows.values())) > 1:

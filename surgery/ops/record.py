@@ -81,7 +81,7 @@ def record_plan(
         "restored": restored,
         "replaced_files": sorted(replaced),
         "added_files": sorted(merged.added_files),
-        "shards": {shard.name: shard.source.size - len(shard.header.raw) for shard in base.shards},
+        "shards": {shard.name: shard.header.data_size for shard in base.shards},
         "index": base.weights.index,
         "headers": sorted(headers),
         "tensors": tensors,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -457,3 +458,133 @@ def test_kinds_of_sites_reach_peft_under_their_own_names(tmp_path: Path) -> None
     expected = sorted(site.name for site in sites if site.kind is Kind.PARAMETER)
     assert sorted(config["target_parameters"]) == expected
     assert set(config["target_modules"]) >= {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def wide_pair(tmp_path: Path, changed: list[str], dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:
+    """Matrices much larger than the sketch of rank 8, of which only some change."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"m.{name}.weight": torch.randn(160, 200, generator=generator) for name in ("a", "b", "c")}
+    for expert in range(4):
+        tensors[f"m.experts.{expert}.up_proj.weight"] = torch.randn(120, 144, generator=generator)
+    tuned = {
+        name: tensor + 0.01 * torch.randn(tensor.shape, generator=generator) if name in changed else tensor
+        for name, tensor in tensors.items()
+    }
+    for folder, content in (("base", tensors), ("tuned", tuned)):
+        (tmp_path / folder).mkdir()
+        save_file({name: t.to(dtype) for name, t in content.items()}, tmp_path / folder / "model.safetensors")
+    return tmp_path / "base", tmp_path / "tuned"
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": 8}, {"energy": 0.5}, {"budget": 10_000}, {"rank": 8, "dtype": "bfloat16"}], ids=str
+)
+def test_a_large_module_that_did_not_change_gets_no_factors(options: dict[str, Any], tmp_path: Path) -> None:
+    """As in every partial fine-tune; and the others are unaffected."""
+    base, tuned = wide_pair(tmp_path, ["m.b.weight", "m.experts.2.up_proj.weight"])
+    report = surgery.extract(base, tuned, output=tmp_path / "adapter", **options)
+    names = [module.name for module in report.modules]
+    assert names == ["m.b", "m.experts.2.up_proj"]
+    assert report.unchanged == 5
+    assert all(0 < module.error < 1 for module in report.modules)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_expert_of_a_stack_that_did_not_change_has_zero_factors(dtype: str, tmp_path: Path) -> None:
+    """Two of four experts changed, in matrices larger than the sketch: the others come out as they were."""
+    generator = torch.Generator().manual_seed(0)
+    stack = torch.randn(4, 120, 144, generator=generator)
+    tuned = stack.clone()
+    tuned[1::2] += 0.1 * torch.randn(2, 120, 2, generator=generator) @ torch.randn(2, 2, 144, generator=generator)
+    for folder, values in (("base", stack), ("tuned", tuned)):
+        (tmp_path / folder).mkdir()
+        save_file({"layers.0.mlp.experts.down_proj": values}, tmp_path / folder / "model.safetensors")
+    report = surgery.extract(tmp_path / "base", tmp_path / "tuned", output=tmp_path / "adapter", rank=2, dtype=dtype)
+    assert report.error < (1e-2 if dtype == "bfloat16" else 1e-5)
+    surgery.merge(tmp_path / "base", tmp_path / "adapter", output=tmp_path / "merged")
+    merged = stored(tmp_path / "merged")["layers.0.mlp.experts.down_proj"]
+    assert torch.equal(merged[::2], stack[::2])
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "mixtral", "vit"])
+@pytest.mark.parametrize("lone", ["base", "tuned", "both"])
+def test_a_lone_file_pairs_with_a_folder(family: str, lone: str, tmp_path: Path) -> None:
+    """A file without its config is read as what the other one is; two of them by names and shapes."""
+    base, tuned = pair(tmp_path, family)
+    expected = surgery.extract(base, tuned, output=tmp_path / "expected", rank=4)
+    if lone in ("base", "both"):
+        base = Path(shutil.copy(base / "model.safetensors", tmp_path / "b.safetensors"))
+    if lone in ("tuned", "both"):
+        tuned = Path(shutil.copy(tuned / "model.safetensors", tmp_path / "t.safetensors"))
+    report = surgery.extract(base, tuned, output=tmp_path / "adapter", rank=4)
+    if lone == "both":
+        assert len(report.modules) >= len(expected.modules)
+        return
+    assert report.modules == expected.modules
+    ours, theirs = (stored(tmp_path / name) for name in ("adapter", "expected"))
+    assert different(ours, theirs) == []
+
+
+def test_transposed_weights_are_told_by_their_biases(tmp_path: Path) -> None:
+    """GPT-2's weights without any config: the orientation is that of the table."""
+    base, tuned = pair(tmp_path, "gpt2")
+    for folder in (base, tuned):
+        (folder / "config.json").unlink()
+    surgery.extract(base, tuned, output=tmp_path / "adapter", rank=64)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] is True
+    found = stored(tmp_path / "adapter")
+    assert found["base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"].shape[1] == 32
+    surgery.merge(base, tmp_path / "adapter", output=tmp_path / "merged")
+    for name, tensor in stored(tmp_path / "merged").items():
+        torch.testing.assert_close(tensor, stored(tuned)[name], atol=1e-6, rtol=1e-6)
+
+
+def test_a_module_whose_name_ends_another_keeps_its_rank(tmp_path: Path) -> None:
+    """PEFT takes a key of rank_pattern for the end of a name; here it must mean one module only."""
+
+    class Inner(torch.nn.Module):
+        def __init__(self, side: int) -> None:
+            super().__init__()
+            self.proj = torch.nn.Linear(side, side, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.proj(x)
+            return out
+
+    class Outer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x = Inner(40)
+            self.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"x": Inner(40)})])
+
+    torch.manual_seed(0)
+    model, tuned = Outer(), Outer()
+    change = {"x.proj.weight": 2, "layers.0.x.proj.weight": 12}
+    state = model.state_dict()
+    for name, rank in change.items():
+        state[name] = state[name] + torch.randn(40, rank) @ torch.randn(rank, 40) / 40
+    for folder, values in (("base", model.state_dict()), ("tuned", state)):
+        (tmp_path / folder).mkdir()
+        save_file(values, tmp_path / folder / "model.safetensors")
+    surgery.extract(tmp_path / "base", tmp_path / "tuned", output=tmp_path / "adapter", energy=0.999999, any_base=True)
+    tuned.load_state_dict(model.state_dict())
+    wrapped = PeftModel.from_pretrained(tuned, str(tmp_path / "adapter"))
+    ranks = {name: module.r["default"] for name, module in wrapped.named_modules() if hasattr(module, "lora_A")}
+    assert sorted(ranks.values()) == [2, 12]
+
+
+def test_a_residual_that_is_no_number_is_named(tmp_path: Path) -> None:
+    base, tuned = pair(tmp_path)
+    tensors = load_file(tuned / "model.safetensors")
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, tuned / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NonFiniteError, match=r"'model\.norm\.weight' holds NaN or infinity, in BASE or in TUNED"):
+        surgery.extract(base, tuned, output=tmp_path / "adapter")
+    surgery.extract(base, tuned, output=tmp_path / "adapter", allow_nonfinite=True)
+
+
+def test_a_dry_run_refuses_what_the_run_refuses(tmp_path: Path) -> None:
+    base, unrelated = save(make("llama"), tmp_path / "base"), save(make("llama", seed=9), tmp_path / "unrelated")
+    with pytest.raises(MismatchError, match="does not look like a fine-tune"):
+        surgery.extract(base, unrelated, output=tmp_path / "adapter", dry_run=True)

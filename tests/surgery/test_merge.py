@@ -513,3 +513,26 @@ def test_extraction_of_a_merge_is_the_adapter_again(tmp_path: Path) -> None:
         other = name.replace("lora_A", "lora_B")
         expected = 2.0 * left[other] @ left[name]
         torch.testing.assert_close(right[other] @ right[name], expected, atol=1e-5, rtol=0)
+
+
+def test_an_alpha_pattern_for_a_parameter(tmp_path: Path) -> None:
+    """target_parameters may name a linear layer's weight; PEFT's key is then the parameter's name."""
+    settings = {"target_modules": [], "target_parameters": ["q_proj.weight"], "alpha_pattern": {"q_proj.weight": 5}}
+    ours, theirs, base, _ = merge_both(tmp_path, "llama", torch.float32, settings)
+    assert different(ours, stored(base))
+    assert not different(ours, theirs)
+
+
+def test_transposed_weights_of_an_unknown_family(tmp_path: Path) -> None:
+    """Nobody's table has the family: the biases, and the adapter's fan_in_fan_out, say which way its weights lie."""
+    ours, _, base, adapter = merge_both(
+        tmp_path, "gpt2", torch.float32, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
+    )
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "decision_transformer"}))
+    surgery.merge(base, adapter, output=tmp_path / "unknown")
+    assert not different(stored(tmp_path / "unknown"), ours)
+    path = base / "model.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if not n.endswith("c_attn.bias")}, path, {"format": "pt"})
+    surgery.merge(base, adapter, output=tmp_path / "flagged")
+    assert not different({**ours, **stored(tmp_path / "flagged")}, ours)
