@@ -68,7 +68,7 @@ def test_certificate_tells_the_excess(name: str) -> None:
 def test_easy_spectra_take_few_passes_and_flat_ones_many() -> None:
     """The number of passes follows the data."""
     assert linalg.truncated_svd(SPECTRA["a gap"], 12, seed=1).passes <= 4
-    assert linalg.truncated_svd(SPECTRA["none: gaussian"], 12, seed=1).passes == linalg.MAX_PASSES
+    assert linalg.truncated_svd(SPECTRA["none: gaussian"], 12, seed=1).passes >= 12
 
 
 @pytest.mark.parametrize("shape", [(M, N), (N, M)])
@@ -129,4 +129,7 @@ def test_norms_and_errors_agree_with_float64() -> None:
 
 def test_zero_matrix() -> None:
     """A difference of nothing has singular values of nothing."""
-    assert float(linalg.truncated_svd(torch.zeros(M, N), 4, seed=0).S.sum()) == 0.0
+    for shape in ((M, N), (N, M)):
+        found = linalg.truncated_svd(torch.zeros(shape), 4, seed=0)
+        assert float(found.S.sum()) == 0.0
+        assert (found.U.shape, found.V.shape) == ((shape[0], 4), (shape[1], 4))
