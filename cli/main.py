@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "merge": ("surgery.cli.adapters:merge", "Merge adapters into a checkpoint."),
     "subtract": ("surgery.cli.adapters:subtract", "Take adapters out of a merged checkpoint."),
     "switch": ("surgery.cli.adapters:switch", "Take one adapter out of a merged checkpoint and put another in."),
+    "convert": ("surgery.cli.exchange:convert", "Write an adapter as another tool has it."),
     "verify": ("surgery.cli.look:verify", "Check an output against its provenance, or compare two checkpoints."),
     "completion": ("surgery.cli.completion:completion", "Print a script that completes this command in a shell."),
 }

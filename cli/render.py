@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from surgery.operation import PlanSummary
     from surgery.ops.inspection import AdapterReport, CheckpointReport, Origin, Share
     from surgery.ops.verify import CompareReport, VerifyReport
-    from surgery.reports import ExtractReport, MergeReport, ModuleReport
+    from surgery.reports import ConvertReport, ExtractReport, MergeReport, ModuleReport
 
 # More rows than this are summed up by the last component of their names, unless every one is asked for.
 MOST_ROWS = 60
@@ -271,6 +271,33 @@ def _inexact(report: MergeReport) -> str:
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+# convert, lint --------------------------------------------------------------------------------------------------------
+
+
+def converted(console: Console, report: ConvertReport) -> None:
+    """Draw what `convert` returns."""
+    if report.dry_run:
+        plan(console, report.plan, report.output)
+        notes(console, report.notes)
+        return
+    computed = report.tensors - report.moved
+    pairs = [
+        ("adapter", f"{report.output}/{report.file}: {number(report.parameters)} parameters, {size(report.nbytes)}"),
+        ("format", f"{report.source_format} to {report.target_format}"),
+        ("modules", str(report.modules)),
+        ("tensors", f"{report.moved} moved as bytes, {computed} computed"),
+        ("scales", _scales(report)),
+    ]
+    console.print(facts(pairs))
+    notes(console, report.notes)
+
+
+def _scales(report: ConvertReport) -> str:
+    if report.scaled:
+        return f"folded into {report.scaled} tensors, rounded once"
+    return f"rounded to float32, by {report.scale_error:.1g} at most" if report.scale_error else "exact"
 
 
 # inspect, verify ------------------------------------------------------------------------------------------------------

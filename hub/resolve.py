@@ -9,7 +9,11 @@ from pathlib import Path
 from surgery.adapter import Adapter, open_adapter, read_adapter
 from surgery.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
 from surgery.errors import InputError
+from surgery.folder import Folder, LocalFolder
 from surgery.source import kind_of
+
+# Folders of a diffusers pipeline that LoRAs act on.
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 _ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _WEIGHTED = re.compile(r"(?P<reference>.+)=(?P<weight>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)")
@@ -47,6 +51,34 @@ def resolve(reference: Reference | Checkpoint | Adapter) -> Checkpoint | Adapter
     if isinstance(reference, Checkpoint | Adapter):
         return reference
     return resolve_adapter(reference) if is_adapter(reference) else resolve_checkpoint(reference)
+
+
+def resolve_folder(reference: Reference) -> Folder | Path:
+    """The folder that a path or id means, or the file: for adapters of formats that are not PEFT's."""
+    match = _hub_id(reference)
+    if match is not None:
+        from surgery.hub.remote import open_folder
+
+        return open_folder(match["repository"], match["revision"])
+    place = Path(reference)
+    if not place.exists():
+        raise InputError(f"{place} does not exist.")
+    return LocalFolder(place) if place.is_dir() else place
+
+
+def resolve_bases(reference: Reference | Checkpoint | None) -> dict[str, Checkpoint]:
+    """The model that names are looked up in, under ``""``; of a pipeline on disk each component under its name."""
+    if reference is None:
+        return {}
+    if isinstance(reference, Checkpoint):
+        return {"": reference}
+    place = Path(reference)
+    if not (place / "model_index.json").is_file():
+        return {"": resolve_checkpoint(reference)}
+    found = {name: place / name for name in COMPONENTS if (place / name).is_dir()}
+    if not found:
+        raise InputError(f"{place} is a pipeline without {', '.join(COMPONENTS[:3])} or another part known here.")
+    return {name: open_checkpoint(folder) for name, folder in found.items()}
 
 
 def is_adapter(reference: Reference) -> bool:

@@ -8,7 +8,7 @@
 Importing this imports neither torch nor numpy.
 """
 
-from surgery.api import extract, inspect, merge, run_options, subtract, switch, verify
+from surgery.api import convert, extract, inspect, merge, run_options, subtract, switch, verify
 from surgery.errors import (
     FormatError,
     InputError,
@@ -35,6 +35,7 @@ __all__ = [
     "SurgeryError",
     "UnsupportedError",
     "__version__",
+    "convert",
     "extract",
     "inspect",
     "merge",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from surgery.operation import RunOptions
     from surgery.ops.inspection import AdapterReport, CheckpointReport
     from surgery.ops.verify import CompareReport, VerifyReport
-    from surgery.reports import ExtractReport, MergeReport
+    from surgery.reports import ConvertReport, ExtractReport, MergeReport
 
     CheckpointLike = str | os.PathLike[str] | Checkpoint
     AdapterLike = str | os.PathLike[str] | tuple[str | os.PathLike[str], float] | Adapter
@@ -139,3 +139,24 @@ def verify(
     pair = resolve_checkpoint(left), resolve_checkpoint(right)
     report = compare(*pair, run.settings)
     return with_logits(report, *pair, seed) if logits else report
+
+
+def convert(
+    adapter: str | os.PathLike[str],
+    *,
+    to: str,
+    output: str | os.PathLike[str],
+    base: CheckpointLike | None = None,
+    **keywords: Any,
+) -> ConvertReport:
+    """Write `adapter`, in any known format, in the format `to` to the folder `output`.
+
+    `base` is the model it belongs to, or a pipeline's folder; some names cannot be told without it.
+    """
+    from surgery.hub.resolve import resolve_bases, resolve_folder
+    from surgery.ops.convert import ConvertOptions
+    from surgery.ops.convert import convert as run_convert
+
+    run, options = _split(keywords)
+    place, bases = resolve_folder(adapter), resolve_bases(base)
+    return run_convert(place, bases, output, ConvertOptions(to=to, **options), run)

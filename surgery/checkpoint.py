@@ -154,6 +154,11 @@ def read_adapter_files(folder: Folder) -> Checkpoint:
     return _read(folder, find_weights(folder, ("adapter_model",)), folder.label, "adapter_config.json")
 
 
+def read_foreign_adapter(folder: Folder, preferred: tuple[str, ...], config_name: str = "") -> Checkpoint:
+    """Open the weights of an adapter that another tool wrote; `preferred` are the stems of its weight file."""
+    return _read(folder, find_weights(folder, preferred), folder.label, config_name)
+
+
 def _read(folder: Folder, weights: WeightFiles, label: str, config_name: str) -> Checkpoint:
     tensors: dict[str, StoredTensor] = {}
     shards: list[Shard] = []

@@ -133,3 +133,32 @@ class MergeReport(Report):
     removed: tuple[str, ...] = ()
     expected_error: float | None = None
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ConvertReport(Report):
+    """What `convert` read and wrote.
+
+    Attributes:
+        source_format, target_format: `peft`, `kohya`, `diffusers` or `mlx`.
+        modules: with factors, in the output.
+        tensors: in the output.
+        moved: those among them whose bytes are the input's.
+        scaled: those that were multiplied, because the target cannot express their scale otherwise.
+        scale_error: the largest relative error of a scale, from rounding an alpha; 0 where all are exact.
+        parameters: numbers in the output.
+        nbytes: size of the weight file.
+        file: its name in the output.
+    """
+
+    source_format: str = ""
+    target_format: str = ""
+    modules: int = 0
+    tensors: int = 0
+    moved: int = 0
+    scaled: int = 0
+    scale_error: float = 0.0
+    parameters: int = 0
+    nbytes: int = 0
+    file: str = ""
+    notes: tuple[str, ...] = ()

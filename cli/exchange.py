@@ -1,0 +1,48 @@
+"""Commands about other tools: convert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+import surgery
+from surgery.cli.options import writing
+from surgery.cli.progress import make_progress
+
+_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  surgery convert style.safetensors --to peft --base unet -o style
+  surgery convert adapter --to mlx -o adapter-mlx
+  surgery convert adapter --to peft --experts per-expert --base model -o adapter-per-expert
+  surgery convert adapter --to peft --portable -o adapter-portable"""
+)
+@click.argument("adapter", metavar="ADAPTER")
+@click.option(
+    "--to", required=True, type=click.Choice(["peft", "kohya", "diffusers", "mlx"]), help="The format to write."
+)
+@click.option("--base", metavar="CHECKPOINT", help="Its model, or a pipeline's folder: where names depend on it.")
+@click.option(
+    "--experts",
+    type=click.Choice(["fused", "per-expert"]),
+    help="LoRAs on experts as transformers 5 has them in memory, or one module for each expert.",
+)
+@click.option("--component", type=click.Choice(_COMPONENTS), help="Which part of a pipeline it is for.")
+@click.option("--portable", is_flag=True, help="Fold scales into B: no alpha_pattern, no rsLoRA, one lora_alpha.")
+@click.option("--pad-ranks", is_flag=True, help="Fill up all modules with zeros to the largest rank.")
+@click.option("--base-name", metavar="NAME", help="What the result calls its base.  [default: what ADAPTER calls it]")
+@writing
+def convert(adapter: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Write an adapter as another tool has it.
+
+    ADAPTER is a PEFT folder, a LoRA file of kohya or diffusers, or an mlx-lm folder. What it adds to each weight stays
+    the same; numbers move as bytes wherever the target can express their scale.
+    """
+    from surgery.cli import render
+
+    report = surgery.convert(adapter, progress=make_progress(quiet), **options)
+    render.show(report, lambda console: render.converted(console, report), as_json, quiet)
