@@ -1,13 +1,14 @@
-"""Commands about other tools: convert."""
+"""Commands about other tools: convert, lint."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
 
 import surgery
-from surgery.cli.options import writing
+from surgery.cli.options import reporting, writing
 from surgery.cli.progress import make_progress
 
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -46,3 +47,35 @@ def convert(adapter: str, as_json: bool, quiet: bool, **options: Any) -> None:
 
     report = surgery.convert(adapter, progress=make_progress(quiet), **options)
     render.show(report, lambda console: render.converted(console, report), as_json, quiet)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  surgery lint adapter
+  surgery lint adapter --for vllm,llama.cpp --base model
+  surgery lint merged --for peft,vllm,llama.cpp,mlx --json"""
+)
+@click.argument("path", metavar="PATH")
+@click.option(
+    "--for",
+    "consumers",
+    default="peft,vllm,llama.cpp",
+    show_default=True,
+    metavar="NAMES",
+    help="Comma-separated: peft, vllm, llama.cpp, mlx, sglang, lorax.",
+)
+@click.option("--base", metavar="CHECKPOINT", help="The model of an adapter: some rules depend on it.")
+@reporting
+def lint(path: str, consumers: str, base: str | None, as_json: bool, quiet: bool) -> None:
+    """Say what other tools would refuse, or silently get wrong.
+
+    PATH is an adapter of any format, or a checkpoint. Each finding comes with its source and the command that mends it.
+    Exits with 1 if a tool named in --for would refuse it or get it wrong.
+    """
+    from surgery.cli import render
+
+    report = surgery.lint(path, consumers=consumers, base=base)
+    render.show(report, lambda console: render.linted(console, report), as_json, quiet)
+    if not report.passed:
+        sys.exit(1)

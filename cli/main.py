@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "subtract": ("surgery.cli.adapters:subtract", "Take adapters out of a merged checkpoint."),
     "switch": ("surgery.cli.adapters:switch", "Take one adapter out of a merged checkpoint and put another in."),
     "convert": ("surgery.cli.exchange:convert", "Write an adapter as another tool has it."),
+    "lint": ("surgery.cli.exchange:lint", "Say what other tools would refuse, or silently get wrong."),
     "verify": ("surgery.cli.look:verify", "Check an output against its provenance, or compare two checkpoints."),
     "completion": ("surgery.cli.completion:completion", "Print a script that completes this command in a shell."),
 }

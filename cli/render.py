@@ -18,6 +18,7 @@ from surgery.names import plain
 if TYPE_CHECKING:
     from surgery.operation import PlanSummary
     from surgery.ops.inspection import AdapterReport, CheckpointReport, Origin, Share
+    from surgery.ops.lint import LintReport
     from surgery.ops.verify import CompareReport, VerifyReport
     from surgery.reports import ConvertReport, ExtractReport, MergeReport, ModuleReport
 
@@ -292,6 +293,19 @@ def converted(console: Console, report: ConvertReport) -> None:
     ]
     console.print(facts(pairs))
     notes(console, report.notes)
+
+
+def linted(console: Console, report: LintReport) -> None:
+    """Draw what `lint` returns: a verdict for each consumer, then each finding with its source and its remedy."""
+    what = f"{report.format} {report.subject}" if report.format else report.subject
+    console.print(facts([(what, report.label)]))
+    console.print(table(("for", "verdict"), list(report.verdicts.items()), left=2))
+    for finding in report.findings:
+        line(console, "")
+        line(console, f"{finding.rule} ({finding.severity}): {finding.message}.")
+        if finding.mend:
+            line(console, f"  mend    {finding.mend}")
+        line(console, f"  source  {finding.source}")
 
 
 def _scales(report: ConvertReport) -> str:

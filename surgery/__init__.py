@@ -8,7 +8,7 @@
 Importing this imports neither torch nor numpy.
 """
 
-from surgery.api import convert, extract, inspect, merge, run_options, subtract, switch, verify
+from surgery.api import convert, extract, inspect, lint, merge, run_options, subtract, switch, verify
 from surgery.errors import (
     FormatError,
     InputError,
@@ -38,6 +38,7 @@ __all__ = [
     "convert",
     "extract",
     "inspect",
+    "lint",
     "merge",
     "run_options",
     "subtract",

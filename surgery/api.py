@@ -10,6 +10,7 @@ Everything is imported when it is used, so that `import surgery` costs next to n
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import OptionError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from surgery.execute import Progress
     from surgery.operation import RunOptions
     from surgery.ops.inspection import AdapterReport, CheckpointReport
+    from surgery.ops.lint import LintReport
     from surgery.ops.verify import CompareReport, VerifyReport
     from surgery.reports import ConvertReport, ExtractReport, MergeReport
 
@@ -160,3 +162,17 @@ def convert(
     run, options = _split(keywords)
     place, bases = resolve_folder(adapter), resolve_bases(base)
     return run_convert(place, bases, output, ConvertOptions(to=to, **options), run)
+
+
+def lint(
+    path: str | os.PathLike[str],
+    *,
+    consumers: str | Sequence[str] = ("peft", "vllm", "llama.cpp"),
+    base: CheckpointLike | None = None,
+) -> LintReport:
+    """Say what each of `consumers` would refuse, or silently get wrong, about the adapter or checkpoint at `path`."""
+    from surgery.hub.resolve import resolve_checkpoint, resolve_folder
+    from surgery.ops.lint import lint as run_lint
+
+    names = [name.strip() for name in consumers.split(",") if name.strip()] if isinstance(consumers, str) else consumers
+    return run_lint(resolve_folder(path), tuple(names), None if base is None else resolve_checkpoint(base))

@@ -10,7 +10,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from surgery.checkpoint import Checkpoint
@@ -23,12 +23,15 @@ from surgery.formats.mlx import write_mlx
 from surgery.formats.peft import effective_alpha, guess_component, one_component, portable, write_peft
 from surgery.formats.reading import FORMATS, read_exchange
 from surgery.formats.recipes import Recipe, RecipeStep, Scaled, step_for
+from surgery.hashing import hash_tensor
 from surgery.layout import single_file
 from surgery.operation import RunOptions, check_paths, staged, summarise
 from surgery.ops.moe_layouts import LAYOUTS, to_fused, to_per_expert
+from surgery.peft_format import PREFIX
 from surgery.plan import Plan
 from surgery.provenance import Input
 from surgery.reports import ConvertReport
+from surgery.sites import memory_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +122,8 @@ def _arranged(exchange: Exchange, bases: Mapping[str, Checkpoint], options: Conv
     """The adapter with the modules, names, ranks and scales that are asked for."""
     if not exchange.modules:
         raise InputError(f"{exchange.label} has no factors, so there is nothing to convert.")
+    if options.to != "peft":
+        exchange = _without_copies_of_the_base(exchange, bases.get(""))
     if options.to in ("kohya", "diffusers"):
         exchange = guess_component(exchange, options.component)
         if options.component is not None:
@@ -145,6 +150,27 @@ def _arranged(exchange: Exchange, bases: Mapping[str, Checkpoint], options: Conv
         note = [f"{smaller} modules are filled up with zeros to rank {most}."] if smaller else []
         exchange = exchange.with_modules(pad_ranks(exchange.modules), *note)
     return portable(exchange) if options.portable and options.to != "mlx" else exchange
+
+
+def _without_copies_of_the_base(exchange: Exchange, base: Checkpoint | None) -> Exchange:
+    """Leave out what PEFT stores of the base itself: the weight below a LoRA on an embedding or a head.
+
+    Only where the base is at hand and says the same to the bit.
+    """
+    names = {} if base is None else {memory: stored for stored, memory in memory_names(base).items()}
+    copies = []
+    for key, tensor in exchange.saved.items():
+        module, marker, _ = key.removeprefix(PREFIX).rpartition(".base_layer.weight")
+        if not marker or base is None or f"{module}.weight" not in names:
+            continue
+        own = base.tensors[names[f"{module}.weight"]]
+        if (own.dtype, own.shape) == (tensor.dtype, tensor.shape) and hash_tensor(own) == hash_tensor(tensor):
+            copies.append(key)
+    if not copies:
+        return exchange
+    left = {key: tensor for key, tensor in exchange.saved.items() if key not in copies}
+    note = f"{len(copies)} copies of the base's own weights are left out."
+    return replace(exchange, saved=left, notes=(*exchange.notes, note))
 
 
 def _written(exchange: Exchange, bases: Mapping[str, Checkpoint], options: ConvertOptions, target: Path) -> Written:

@@ -1,0 +1,218 @@
+"""Rules on checkpoints, mixtures of experts among them. Sources as in `lint_adapters`.
+
+Beside those: transformers 5.23, mlx-lm 0.32.2 (`utils.py`, `models/`), llama.cpp's `conversion/` as of
+llama-cpp-python 0.3.36, vLLM 0.32.0 (`config/model.py`, `model_executor/models/`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from surgery.checkpoint import Checkpoint, StoredTensor
+from surgery.families import part_of
+from surgery.hashing import hash_tensor
+from surgery.names import expert_of, layer_of
+from surgery.ops.lint import REFUSED, SILENT, WARNING, Rules, some
+from surgery.ops.lint_tables import (
+    LLAMA_CPP_ARCHITECTURES,
+    MLX_MODEL_TYPES,
+    MLX_RENAMED,
+    MLX_REQUIRED,
+    MLX_ROPE_DEFAULT,
+)
+from surgery.sites import vocabulary_of
+
+rule: Rules[Checkpoint] = Rules()
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_CONVERT = "llama.cpp (llama-cpp-python 0.3.36), conversion/base.py"
+
+
+def _mlx_type(checkpoint: Checkpoint) -> str:
+    return MLX_RENAMED.get(checkpoint.model_type, checkpoint.model_type)
+
+
+# The config -----------------------------------------------------------------------------------------------------------
+
+
+@rule("peft/config", REFUSED, "transformers 5.23, AutoConfig")
+@rule("vllm/config", REFUSED, "vLLM 0.32.0, transformers_utils/config.py: get_config")
+@rule("llama.cpp/config", REFUSED, f"{_CONVERT}: load_hparams")
+@rule("mlx/config", REFUSED, "mlx-lm 0.32.2, utils.py: load_config")
+@rule("sglang/config", REFUSED, "transformers 5.23, AutoConfig, through which SGLang reads it")
+@rule("lorax/config", REFUSED, "transformers 5.23, AutoConfig, through which LoRAX reads it")
+def _config(checkpoint: Checkpoint) -> Iterator[str]:
+    if not checkpoint.model_type:
+        yield "config.json is missing, or names no model_type; copy it from the model's own repository"
+
+
+@rule("vllm/architectures", REFUSED, "vLLM 0.32.0, model_executor/models/registry.py: resolve_model_cls")
+@rule("llama.cpp/architectures", REFUSED, f"{_CONVERT}: get_model_architecture")
+def _architectures(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.model_type and not checkpoint.architecture:
+        yield "config.json names no class in 'architectures', expected one such as 'LlamaForCausalLM'"
+
+
+@rule("llama.cpp/architecture", REFUSED, "llama.cpp (llama-cpp-python 0.3.36), conversion/__init__.py: TEXT_MODEL_MAP")
+def _llama_cpp_architecture(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.architecture and checkpoint.architecture not in LLAMA_CPP_ARCHITECTURES:
+        yield f"the architecture is {checkpoint.architecture!r}, which the converter does not know"
+
+
+@rule("mlx/model-type", REFUSED, "mlx-lm 0.32.2, utils.py: 'Model type ... not supported'")
+def _mlx_model_type(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.model_type and _mlx_type(checkpoint) not in MLX_MODEL_TYPES:
+        yield f"the model type is {checkpoint.model_type!r}, which mlx-lm does not have"
+
+
+@rule(
+    "mlx/config-fields",
+    REFUSED,
+    "mlx-lm 0.32.2, models/: ModelArgs; measured with Qwen3-MoE as transformers 5 saves it",
+)
+def _mlx_fields(checkpoint: Checkpoint) -> Iterator[str]:
+    required = MLX_REQUIRED.get(_mlx_type(checkpoint), frozenset())
+    missing = sorted(required - checkpoint.config.keys())
+    if missing:
+        yield f"config.json has no {some(missing)}; add what transformers writes elsewhere or leaves to its defaults"
+
+
+@rule("mlx/rope-theta", SILENT, "mlx-lm 0.32.2, models/: ModelArgs; measured: Mixtral 2.47 nats off")
+def _mlx_rope_theta(checkpoint: Checkpoint) -> Iterator[str]:
+    default = MLX_ROPE_DEFAULT.get(_mlx_type(checkpoint))
+    nested = checkpoint.config.get("rope_parameters")
+    if default is None or "rope_theta" in checkpoint.config or not isinstance(nested, dict):
+        return
+    theta = nested.get("rope_theta")
+    if isinstance(theta, int | float) and theta != default:
+        yield f"rope_theta is {theta:g}, in rope_parameters only: it is taken for {default:g}; add it beside them"
+
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+
+@rule("peft/vocabulary", REFUSED, "transformers 5.23, from_pretrained: 'size mismatch'")
+@rule("vllm/vocabulary", REFUSED, "vLLM 0.32.0, layers/vocab_parallel_embedding.py: weight_loader")
+@rule("llama.cpp/vocabulary", REFUSED, "llama.cpp, src/llama-model.cpp: token_embd has n_vocab rows")
+@rule("mlx/vocabulary", REFUSED, "mlx-lm 0.32.2, utils.py: load_weights compares shapes")
+def _vocabulary(checkpoint: Checkpoint) -> Iterator[str]:
+    expected = vocabulary_of(checkpoint)
+    for name, tensor in checkpoint.tensors.items():
+        is_table = name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight"))
+        if is_table and expected is not None and len(tensor.shape) == 2 and tensor.shape[0] != expected:
+            yield f"{name!r} has {tensor.shape[0]} rows, config.json says vocab_size {expected}"
+
+
+@rule("vllm/tied-head", SILENT, "vLLM 0.32.0, models/llama.py: a tied lm_head is not loaded")
+@rule("mlx/tied-head", SILENT, "mlx-lm 0.32.2, models/llama.py: sanitize drops a tied lm_head")
+def _tied_head(checkpoint: Checkpoint) -> Iterator[str]:
+    head = checkpoint.tensors.get("lm_head.weight")
+    tied = checkpoint.text_config.get("tie_word_embeddings", checkpoint.config.get("tie_word_embeddings"))
+    if head is None or tied is not True:
+        return
+    table = _embedding(checkpoint, head)
+    if table is not None and (table.dtype != head.dtype or hash_tensor(table) != hash_tensor(head)):
+        yield (
+            f"tie_word_embeddings is set, and 'lm_head.weight' differs from {table.name!r}: the head is ignored; set "
+            "it to false in config.json"
+        )
+
+
+def _embedding(checkpoint: Checkpoint, head: StoredTensor) -> StoredTensor | None:
+    found = [
+        tensor
+        for name, tensor in checkpoint.tensors.items()
+        if tensor.shape == head.shape and part_of(name, tensor.shape) == "embeddings"
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+@rule("vllm/float32", WARNING, "vLLM 0.32.0, config/model.py: _resolve_auto_dtype", "vllm serve ... --dtype float32")
+def _float32(checkpoint: Checkpoint) -> Iterator[str]:
+    named = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
+    if named == "float32":
+        yield "the weights are float32: they are rounded to 16 bits unless --dtype float32 is given"
+
+
+@rule("mlx/weights", REFUSED, "mlx-lm 0.32.2, utils.py: load_model reads model*.safetensors")
+def _mlx_weights(checkpoint: Checkpoint) -> Iterator[str]:
+    wrong = [
+        name for name in checkpoint.weights.names if not (name.startswith("model") and name.endswith(".safetensors"))
+    ]
+    if wrong:
+        yield f"the weights are in {some(wrong)}, expected model.safetensors or its shards"
+
+
+@rule("llama.cpp/tokenizer", REFUSED, f"{_CONVERT}: set_vocab", "copy the tokenizer's files from the base")
+@rule("mlx/tokenizer", REFUSED, "mlx-lm 0.32.2, utils.py: load_tokenizer", "copy the tokenizer's files from the base")
+@rule(
+    "vllm/tokenizer",
+    WARNING,
+    "vLLM 0.32.0: without one only token ids can be served",
+    "vllm serve ... --skip-tokenizer-init",
+)
+def _tokenizer(checkpoint: Checkpoint) -> Iterator[str]:
+    known = {"tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "spiece.model", "vocab.txt"}
+    if checkpoint.path is not None and checkpoint.path.is_file():
+        return
+    if not known & set(checkpoint.folder.names()):
+        yield "there is no tokenizer in the folder"
+
+
+# Mixtures of experts --------------------------------------------------------------------------------------------------
+
+
+def _experts(checkpoint: Checkpoint) -> dict[int, set[int]]:
+    """Layer to the numbers of the experts stored one by one."""
+    found: dict[int, set[int]] = {}
+    for name in checkpoint.tensors:
+        layer, expert = layer_of(name), expert_of(name)
+        if layer is not None and expert is not None:
+            found.setdefault(layer, set()).add(expert)
+    return found
+
+
+@rule("peft/experts", REFUSED, "transformers 5.23, core_model_loading.py: experts are stacked on loading")
+@rule("vllm/experts", REFUSED, "vLLM 0.32.0, model_executor/models/qwen3_moe.py: weights of all experts are expected")
+@rule("llama.cpp/experts", REFUSED, "llama.cpp (llama-cpp-python 0.3.36), conversion/llama.py: 'Unprocessed experts'")
+@rule("mlx/experts", REFUSED, "mlx-lm 0.32.2, models/mixtral.py: sanitize looks every expert up")
+def _every_expert(checkpoint: Checkpoint) -> Iterator[str]:
+    count = next((checkpoint.text_config[key] for key in _COUNTS if key in checkpoint.text_config), None)
+    for layer, experts in _experts(checkpoint).items():
+        if isinstance(count, int) and experts != set(range(count)):
+            yield f"layer {layer} has {len(experts)} experts, up to number {max(experts)}; config.json says {count}"
+            return
+
+
+@rule(
+    "llama.cpp/mixed-layers",
+    REFUSED,
+    "llama.cpp (llama-cpp-python 0.3.36), gguf tensor tables; measured: 'Can not map tensor'",
+)
+def _mixed_layers(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.model_type not in ("qwen2_moe", "qwen3_moe"):
+        return
+    sparse = set(_experts(checkpoint))
+    dense = {layer_of(name) for name in checkpoint.tensors if name.endswith(".mlp.down_proj.weight")} - sparse
+    if sparse and dense:
+        layers = ", ".join(str(layer) for layer in sorted(layer for layer in dense if layer is not None))
+        yield f"layers {layers} are dense and the others have experts, which {checkpoint.model_type} has no tensors for"
+
+
+@rule("mlx/fused-experts", REFUSED, "mlx-lm 0.32.2, models/qwen3_moe.py: sanitize stacks experts stored one by one")
+def _fused_experts_of_mlx(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.model_type in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"):
+        yield from _fused(checkpoint)
+
+
+@rule(
+    "llama.cpp/fused-experts", REFUSED, "llama.cpp (llama-cpp-python 0.3.36), conversion/llama.py: no case for stacks"
+)
+def _fused_experts_of_llama_cpp(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.model_type == "mixtral":
+        yield from _fused(checkpoint)
+
+
+def _fused(checkpoint: Checkpoint) -> Iterator[str]:
+    fused = [name for name in checkpoint.tensors if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
+    if fused:
+        yield f"{some(fused)}: the experts are stored fused, expected one by one"
