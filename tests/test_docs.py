@@ -18,7 +18,7 @@ import pytest
 
 from surgery import operation, reports
 from surgery.cli.main import COMMANDS
-from surgery.ops import inspection, verify
+from surgery.ops import inspection, lint, verify
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -121,7 +121,7 @@ def _parts(hint: Any) -> Iterator[type]:
 
 def _reported() -> list[type]:
     """Every dataclass that `--json` can print: the reports, and what they hold."""
-    modules: list[types.ModuleType] = [reports, inspection, verify, operation]
+    modules: list[types.ModuleType] = [reports, inspection, verify, operation, lint]
     todo = [
         found
         for module in modules

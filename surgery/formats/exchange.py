@@ -179,6 +179,11 @@ def refuse_whole_tensors(exchange: Exchange, target: str) -> None:
     whole = sorted(exchange.saved, key=natural_key)
     if whole:
         shown = ", ".join(repr(name) for name in whole[:3]) + (", ..." if len(whole) > 3 else "")
+        if all(name.endswith(".base_layer.weight") for name in whole):
+            raise UnsupportedError(
+                f"{exchange.label} holds weights of its base ({shown}), which {target} has no place for; name the base "
+                "with --base: what is the base's own to the bit is left out."
+            )
         raise UnsupportedError(
             f"{exchange.label} holds {len(whole)} tensors whole ({shown}), which {target} has no place for; merge it "
             "into its base instead, with `surgery merge`."

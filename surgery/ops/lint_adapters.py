@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from surgery.errors import FormatError
 from surgery.ops.fitting import head_tied_to
 from surgery.ops.lint import REFUSED, SILENT, Rules, some
 from surgery.ops.lint_servers import other_forward
@@ -23,7 +24,8 @@ from surgery.ops.lint_subject import (
     AdapterFiles,
     is_router,
 )
-from surgery.sites import find_sites, memory_names
+from surgery.patterns import compile_pattern
+from surgery.sites import Kind, find_sites, memory_names
 
 rule: Rules[AdapterFiles] = Rules()
 
@@ -136,16 +138,24 @@ def _pairs(adapter: AdapterFiles) -> Iterator[str]:
 @rule("llama.cpp/targets", SILENT, f"{GGUF}: it adds them, PEFT does not; measured: 3.3 nats apart", TO_PEFT)
 def _targets(adapter: AdapterFiles) -> Iterator[str]:
     targets = adapter.config.get("target_modules")
-    if not isinstance(targets, list) or adapter.fused or adapter.experts:
+    if not adapter.factors or adapter.fused or adapter.experts or targets == "all-linear":
         return
-    named = [str(target) for target in targets]
-    left = [
-        module
-        for module in adapter.factors
-        if not any(module == target or module.endswith(f".{target}") for target in named) and not is_router(module)
-    ]
+    if targets is None:
+        yield "adapter_config.json has no target_modules: PEFT takes those that it has for the model type"
+        return
+    left = [module for module in adapter.factors if not _is_target(module, targets) and not is_router(module)]
     if left:
-        yield f"{some(left)}: not among target_modules, {some(named)}"
+        yield f"{some(left)}: not among target_modules, {some(targets) if isinstance(targets, list) else targets!r}"
+
+
+def _is_target(module: str, targets: object) -> bool:
+    """PEFT's `check_target_module_exists`: a list of ends of names, or a pattern for whole names."""
+    if isinstance(targets, list):
+        return any(module == target or module.endswith(f".{target}") for target in targets)
+    try:
+        return compile_pattern(str(targets)).fullmatch(module) is not None
+    except FormatError:
+        return True  # too intricate to try
 
 
 @rule("peft/modules", SILENT, "measured with peft 0.21.2: it warns, and dW is 0", "")
@@ -159,6 +169,22 @@ def _modules_of_the_base(adapter: AdapterFiles) -> Iterator[str]:
     unknown = [module for module in adapter.factors if module.replace(".base_layer", "") not in known]
     if unknown:
         yield f"{some(unknown)}: no modules of {adapter.base.label}"
+
+
+@rule("peft/shapes", REFUSED, "peft 0.21.2, utils/save_and_load.py: 'size mismatch'")
+@rule("vllm/shapes", REFUSED, "measured with vLLM 0.32.0: a RuntimeError on the sizes of tensors")
+@rule("llama.cpp/shapes", REFUSED, "llama.cpp (llama-cpp-python 0.3.36), src/llama-adapter.cpp: 'has incorrect shape'")
+def _shapes_of_the_base(adapter: AdapterFiles) -> Iterator[str]:
+    sites = {} if adapter.base is None else find_sites(adapter.base)
+    for module, parts in adapter.factors.items():
+        site = sites.get(module)
+        if site is None or site.kind is not Kind.LINEAR or not {"lora_A", "lora_B"} <= parts.keys():
+            continue
+        found = (parts["lora_B"].shape[0], parts["lora_A"].shape[-1])
+        if found != (site.out_features, site.in_features):
+            expected = [site.out_features, site.in_features]
+            yield f"the factors of {module!r} are for a weight of {list(found)}, the base has {expected}"
+            return
 
 
 # llama.cpp ------------------------------------------------------------------------------------------------------------
@@ -189,7 +215,12 @@ def _alpha(adapter: AdapterFiles) -> Iterator[str]:
 
 @rule("llama.cpp/forward", SILENT, f"{GGUF}: the settings are not read; measured: aLoRA 4.5 nats off", "")
 def _other_forward_of_llama_cpp(adapter: AdapterFiles) -> Iterator[str]:
-    yield from other_forward(adapter)
+    yield from (message for message in other_forward(adapter) if "layer_replication" not in message)
+
+
+@rule("llama.cpp/layer-replication", REFUSED, f"{GGUF}: 'Can not map tensor'")
+def _layer_replication(adapter: AdapterFiles) -> Iterator[str]:
+    yield from (message for message in other_forward(adapter) if "layer_replication" in message)
 
 
 @rule("llama.cpp/keys", REFUSED, f"{GGUF}: get_tensors ends the program at any other tensor", MERGE)

@@ -105,6 +105,11 @@ def strange_mlx(tmp_path: Path) -> Path:
     return folder
 
 
+def wider() -> dict[str, torch.Tensor]:
+    """Factors for a model of another width."""
+    return {f"{PREFIX}{Q}.lora_{w}.weight": torch.ones(s) for w, s in (("A", (2, 64)), ("B", (64, 2)))}
+
+
 def ia3(tmp_path: Path) -> Path:
     config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
     get_peft_model(make("llama"), config).save_pretrained(str(tmp_path / "adapter"))
@@ -198,6 +203,13 @@ BAD: dict[str, tuple[Callable[[Path], Path], set[str]]] = {
     "gpt2": (with_peft("gpt2", target_modules=["c_attn"], fan_in_fan_out=True), {"llama.cpp/conv1d"}),
     "tied": (with_peft("llama-tied", target_modules=["lm_head"]), {"llama.cpp/tied-head"}),
     "ia3": (ia3, {"vllm/kind", "llama.cpp/kind", "sglang/kind", "lorax/kind"}),
+    "replicated": (hand(layer_replication=[[0, 2]]), {"vllm/forward", "llama.cpp/layer-replication"}),
+    "another width": (
+        lambda tmp_path: by_hand(tmp_path, wider()),
+        {"peft/shapes", "vllm/shapes", "llama.cpp/shapes"},
+    ),
+    "no targets": (hand(target_modules=...), {"peft/targets", "llama.cpp/targets", "vllm/config"}),
+    "a pattern": (hand(target_modules=r".*\.k_proj"), {"peft/targets", "vllm/targets", "llama.cpp/targets"}),
     "no scale": (damaged_mlx(scale=...), {"mlx/parameters"}),
     "another rank": (damaged_mlx(rank=4), {"mlx/rank"}),
     "strange": (strange_mlx, {"mlx/keys"}),
@@ -209,7 +221,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], set[str]]] = {
         {"peft/parameters"},
     ),
 }
-BASES = {"other modules": "llama", "tied": "llama-tied"}
+BASES = {"other modules": "llama", "another width": "llama", "tied": "llama-tied"}
 
 
 def edited(folder: Path) -> Path:
@@ -242,7 +254,9 @@ def test_every_rule_on_adapters_has_a_case() -> None:
     assert len({rule.id for rule in ADAPTER_RULES}) == len(ADAPTER_RULES)
 
 
-@pytest.mark.parametrize("case", ["by hand", "peft", "attention", "all-linear", "embeddings", "mixed", "extract"])
+@pytest.mark.parametrize(
+    "case", ["by hand", "peft", "attention", "all-linear", "embeddings", "pattern", "mixed", "extract"]
+)
 def test_good_adapters_are_clean(case: str, tmp_path: Path) -> None:
     """For every consumer that reads PEFT folders; for mlx-lm once it is converted."""
     base = save(make("llama"), tmp_path / "base")
@@ -259,6 +273,7 @@ def test_good_adapters_are_clean(case: str, tmp_path: Path) -> None:
             "attention": {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 7},
             "all-linear": {"target_modules": "all-linear", "r": 16},
             "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+            "pattern": {"target_modules": r".*\.(q|k)_proj"},
             "mixed": {"r": 4, "rank_pattern": {"k_proj": 2}, "target_modules": ["q_proj", "k_proj"]},
         }
         folder = with_peft(**configs[case])(tmp_path)
