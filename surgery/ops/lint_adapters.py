@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from surgery.errors import FormatError
-from surgery.ops.fitting import head_tied_to
+from surgery.ops.directory import head_tied_to
 from surgery.ops.lint import REFUSED, SILENT, Rules, some
 from surgery.ops.lint_servers import other_forward
 from surgery.ops.lint_subject import (
