@@ -1,6 +1,7 @@
 """Make a Llama checkpoint, a fine-tune of it, and a LoRA adapter for it: synthetic, and the same on every run.
 
-    python -m benchmarks.make_models --shape JSON [--base OUT] [--tuned OUT] [--adapter OUT --targets q_proj,v_proj]
+    python -m benchmarks.make_models --shape JSON [--base OUT] [--tuned OUT]
+        [--adapter OUT --targets q_proj,v_proj [--number N]]
 
 base      weights N(0, 0.02), norms ones, bfloat16
 tuned     base + U diag(2 .. 0.5) V^T of rank 16, U and V random and orthonormal, + noise N(0, 5e-5), in bfloat16;
@@ -124,7 +125,7 @@ def write_checkpoint(folder: Path, shape: dict[str, int], tuned: bool) -> None:
     (folder / "config.json").write_text(json.dumps(config(shape), indent=2))
 
 
-def write_adapter(folder: Path, shape: dict[str, int], targets: list[str]) -> None:
+def write_adapter(folder: Path, shape: dict[str, int], targets: list[str], number: int = 1) -> None:
     """Write a PEFT adapter with Gaussian factors for every linear layer named in `targets`."""
     folder.mkdir(parents=True)
     # ||B A|| is about sqrt(rank m n) times both deviations, ||W|| is DEVIATION sqrt(m n).
@@ -132,7 +133,7 @@ def write_adapter(folder: Path, shape: dict[str, int], targets: list[str]) -> No
     tensors = {}
     for name, (rows, columns) in linear_shapes(shape).items():
         if name.rpartition(".")[2] in targets:
-            random = generator(name, "adapter")
+            random = generator(name, "adapter" if number == 1 else f"adapter{number}")
             key = f"base_model.model.{name}"
             tensors[f"{key}.lora_A.weight"] = deviation * torch.randn(RANK, columns, generator=random)
             tensors[f"{key}.lora_B.weight"] = deviation * torch.randn(rows, RANK, generator=random)
@@ -148,13 +149,14 @@ def main() -> None:
     parser.add_argument("--tuned", type=Path)
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--targets", type=lambda text: text.split(","))
+    parser.add_argument("--number", type=int, default=1)
     given = parser.parse_args()
     if given.base:
         write_checkpoint(given.base, given.shape, tuned=False)
     if given.tuned:
         write_checkpoint(given.tuned, given.shape, tuned=True)
     if given.adapter:
-        write_adapter(given.adapter, given.shape, given.targets)
+        write_adapter(given.adapter, given.shape, given.targets, given.number)
 
 
 if __name__ == "__main__":

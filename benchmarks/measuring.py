@@ -105,16 +105,17 @@ class Workshop:
         """A fine-tune of `base`."""
         return self._model(shape, "tuned")
 
-    def adapter(self, shape: Shape, targets: str) -> Path:
-        """A LoRA adapter for `base`, for the layers named."""
-        return self._model(shape, "adapter", targets)
+    def adapter(self, shape: Shape, targets: str, number: int = 1) -> Path:
+        """A LoRA adapter for `base`, for the layers named; each number has other factors."""
+        return self._model(shape, "adapter", targets, number)
 
-    def _model(self, shape: Shape, kind: str, targets: str = "") -> Path:
-        place = self.folder / "models" / shape.name / (kind if not targets else f"{kind}-{targets.replace(',', '-')}")
+    def _model(self, shape: Shape, kind: str, targets: str = "", number: int = 1) -> Path:
+        name = (kind if number == 1 else f"{kind}{number}") + (f"-{targets.replace(',', '-')}" if targets else "")
+        place = self.folder / "models" / shape.name / name
         if not place.exists():
             making = place.with_name(place.name + ".partial")
             shutil.rmtree(making, ignore_errors=True)
-            options = ["--targets", targets] if targets else []
+            options = ["--targets", targets, "--number", str(number)] if targets else []
             self.unmeasured("make_models", "--shape", json.dumps(asdict(shape)), f"--{kind}", making, *options)
             making.rename(place)
         return place

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import machine
-from benchmarks.cases import copying, extraction, memory, merging, reversing, starting, undo_record
+from benchmarks.cases import combining, copying, extraction, memory, merging, reversing, starting, undo_record
 from benchmarks.measuring import ROOT, ProcessError, Workshop
 from benchmarks.table import Result
 
@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, Callable[[Workshop], Result]] = {
     "reversible": reversing.run,
     "undo-record": undo_record.run,
     "memory": memory.run,
+    "combine": combining.run,
     "copy": copying.run,
     "startup": starting.run,
 }

@@ -27,6 +27,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "switch": ("surgery.cli.adapters:switch", "Take one adapter out of a merged checkpoint and put another in."),
     "convert": ("surgery.cli.exchange:convert", "Write an adapter as another tool has it."),
     "lint": ("surgery.cli.exchange:lint", "Say what other tools would refuse, or silently get wrong."),
+    "combine": ("surgery.cli.algebra:combine", "Combine adapters into one."),
+    "resize": ("surgery.cli.algebra:resize", "Bring an adapter to another rank."),
     "verify": ("surgery.cli.look:verify", "Check an output against its provenance, or compare two checkpoints."),
     "completion": ("surgery.cli.completion:completion", "Print a script that completes this command in a shell."),
 }

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from surgery.ops.inspection import AdapterReport, CheckpointReport, Origin, Share
     from surgery.ops.lint import LintReport
     from surgery.ops.verify import CompareReport, VerifyReport
-    from surgery.reports import ConvertReport, ExtractReport, MergeReport, ModuleReport
+    from surgery.reports import CombinedModule, CombineReport, ConvertReport, ExtractReport, MergeReport, ModuleReport
 
 # More rows than this are summed up by the last component of their names, unless every one is asked for.
 MOST_ROWS = 60
@@ -272,6 +272,57 @@ def _inexact(report: MergeReport) -> str:
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+# combine, resize ------------------------------------------------------------------------------------------------------
+
+
+def combination(console: Console, report: CombineReport, every: bool) -> None:
+    """Draw what `combine` or `resize` returns; with `every`, list all modules."""
+    if report.dry_run:
+        plan(console, report.plan, report.output)
+        notes(console, report.notes)
+        return
+    listed = every or len(report.modules) <= MOST_ROWS
+    rows = [_combined_row(m.name, [m]) for m in report.modules] if listed else _combined_groups(report.modules)
+    console.print(table(("module", "shape", "ranks", "rank", "kept", "error", "from the sum"), rows, left=2))
+    line(console, "")
+    adapters = zip(report.adapters, report.weights, strict=True)
+    pairs = [
+        ("adapter", f"{report.output}: {number(report.parameters)} parameters, {size(report.nbytes)}"),
+        ("made of", ", ".join(name if weight == 1 else f"{name} x {weight:g}" for name, weight in adapters)),
+        ("method", report.method),
+        ("kept", f"{percent(report.energy_kept)} of the energy of dW"),
+        ("error", f"{percent(report.error)} of its norm"),
+    ]
+    if report.method not in ("sum", "cat"):
+        pairs.append(("from the sum", f"{percent(report.from_sum)} of the norm of the weighted sum"))
+    if report.stored_whole:
+        pairs.append(("stored whole", _some(report.stored_whole)))
+    console.print(facts(pairs))
+    notes(console, report.notes)
+
+
+def _combined_row(name: str, found: Sequence[CombinedModule]) -> tuple[str, ...]:
+    """One row for modules of a kind: what they have in common, and the median of the rest."""
+    shapes, ranks = {module.shape for module in found}, {module.ranks for module in found}
+    result = sorted(module.rank for module in found)
+    return (
+        name,
+        " x ".join(str(side) for side in shapes.pop()) if len(shapes) == 1 else "various",
+        ", ".join(str(rank) if rank else "-" for rank in ranks.pop()) if len(ranks) == 1 else "various",
+        str(result[0]) if result[0] == result[-1] else f"{result[0]}..{result[-1]}",
+        percent(median(module.energy_kept for module in found)),
+        percent(median(module.error for module in found)),
+        percent(median(module.from_sum or 0.0 for module in found)),
+    )
+
+
+def _combined_groups(modules: Sequence[CombinedModule]) -> Sequence[tuple[str, ...]]:
+    groups: dict[str, list[CombinedModule]] = {}
+    for module in modules:
+        groups.setdefault(module.name.rpartition(".")[2], []).append(module)
+    return [_combined_row(f"{name} ({len(found)} modules, medians)", found) for name, found in groups.items()]
 
 
 # convert, lint --------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,26 @@ def python_manual() -> Corpus:
     """
     from pydoc_data.topics import topics
 
-    texts = (topics[name] for name in _mixed(topics))
+    return _apart(topics[name] for name in _mixed(topics))
+
+
+def torch_headers(limit: int) -> Corpus:
+    """About `limit` characters of the C++ headers that torch is installed with, whole files."""
+    root = Path(torch.__file__).parent / "include"
+    names = _mixed(path.relative_to(root).as_posix() for path in root.rglob("*.h"))
+    texts = ((root / name).read_text(encoding="utf-8", errors="replace") for name in names)
+    held_out = _take(texts, _HELD_OUT)
+    return Corpus(_take(texts, limit), held_out)
+
+
+def package_descriptions() -> Corpus:
+    """What the installed packages say of themselves: their README files, and the fields above them."""
+    found = {distribution.name: distribution.read_text("METADATA") or "" for distribution in distributions()}
+    return _apart(found[name] for name in _mixed(found))
+
+
+def _apart(texts: Iterator[str]) -> Corpus:
+    """Texts that repeat one another, split so that no paragraph that is held out is left in the others."""
     held_out = _take(texts, _HELD_OUT)
     known = {paragraph for text in held_out for paragraph in text.split("\n\n")}
     return Corpus(["\n\n".join(part for part in text.split("\n\n") if part not in known) for text in texts], held_out)

@@ -8,7 +8,7 @@
 Importing this imports neither torch nor numpy.
 """
 
-from surgery.api import convert, extract, inspect, lint, merge, run_options, subtract, switch, verify
+from surgery.api import combine, convert, extract, inspect, lint, merge, resize, run_options, subtract, switch, verify
 from surgery.errors import (
     FormatError,
     InputError,
@@ -35,11 +35,13 @@ __all__ = [
     "SurgeryError",
     "UnsupportedError",
     "__version__",
+    "combine",
     "convert",
     "extract",
     "inspect",
     "lint",
     "merge",
+    "resize",
     "run_options",
     "subtract",
     "switch",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from surgery.ops.inspection import AdapterReport, CheckpointReport
     from surgery.ops.lint import LintReport
     from surgery.ops.verify import CompareReport, VerifyReport
-    from surgery.reports import ConvertReport, ExtractReport, MergeReport
+    from surgery.reports import CombineReport, ConvertReport, ExtractReport, MergeReport
 
     CheckpointLike = str | os.PathLike[str] | Checkpoint
     AdapterLike = str | os.PathLike[str] | tuple[str | os.PathLike[str], float] | Adapter
@@ -112,6 +112,26 @@ def switch(
     run, options = _split(keywords)
     pair = resolve_adapter(old), resolve_adapter(new)
     return run_switch(resolve_checkpoint(merged), *pair, output, MergeOptions(**options), run)
+
+
+def combine(*adapters: AdapterLike, output: str | os.PathLike[str], **keywords: Any) -> CombineReport:
+    """Write one adapter made of `adapters`, each at its weight, to the folder `output`; see `CombineOptions`."""
+    from surgery.hub.resolve import resolve_adapter
+    from surgery.ops.combine import CombineOptions
+    from surgery.ops.combine import combine as run_combine
+
+    run, options = _split(keywords)
+    return run_combine([resolve_adapter(adapter) for adapter in adapters], output, CombineOptions(**options), run)
+
+
+def resize(adapter: AdapterLike, *, output: str | os.PathLike[str], **keywords: Any) -> CombineReport:
+    """Write `adapter` at a lower `rank`, or at the least rank that keeps a share of its `energy`, to `output`."""
+    from surgery.hub.resolve import resolve_adapter
+    from surgery.ops.combine import CombineOptions
+    from surgery.ops.combine import resize as run_resize
+
+    run, options = _split(keywords)
+    return run_resize(resolve_adapter(adapter), output, CombineOptions(**options), run)
 
 
 def inspect(path: CheckpointLike | Adapter, *, tensors: bool = False) -> CheckpointReport | AdapterReport:

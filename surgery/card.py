@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from surgery.reports import ExtractReport
+    from surgery.reports import CombineReport, ExtractReport
 
 
 def extraction_card(config: Mapping[str, object], report: ExtractReport) -> str:
@@ -43,18 +43,53 @@ def extraction_card(config: Mapping[str, object], report: ExtractReport) -> str:
         lines += [f"Stored whole beside the factors: {_list(saved)}.", ""]
     if lost:
         lines += [f"Changed by the fine-tune and not in this adapter: {_list(lost)}.", ""]
-    lines += [
-        "## Load it",
+    return "\n".join([*lines, *_LOAD]) + "\n"
+
+
+def combination_card(config: Mapping[str, object], report: CombineReport) -> str:
+    """The `README.md` of a combined or resized adapter."""
+    base = config["base_model_name_or_path"]
+    ranks = sorted({module.rank for module in report.modules})
+    rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    names = [name.rstrip("/").rpartition("/")[2] for name in report.adapters]
+    several = len(names) > 1
+    lines = [
+        "---",
+        *([f"base_model: {_yaml(base)}"] if base else []),
+        "library_name: peft",
+        "tags:",
+        "- lora",
+        "- checkpoint-surgery",
+        "---",
         "",
-        "```python",
-        "from peft import PeftModel",
+        f"# LoRA {'combined from ' + str(len(names)) + ' adapters' if several else 'of another rank'}",
         "",
-        "model = PeftModel.from_pretrained(base_model, adapter)  # base_model: the base, loaded with transformers",
-        "```",
+        f"Made from {_list(names)} by the method `{report.method}`.",
         "",
-        "Or merge it into the base on disk: `surgery merge BASE ADAPTER -o MERGED`.",
+        "| | |",
+        "|---|---|",
+        *([f"| weights | {', '.join(f'{weight:g}' for weight in report.weights)} |"]),
+        f"| rank | {rank} |",
+        f"| modules | {len(report.modules)} |",
+        f"| parameters | {report.parameters:,} |",
+        f"| share of the energy that is kept | {report.energy_kept:.3%} |",
+        f"| error, norm of (dW - B A) / norm of dW | {report.error:.3%} |",
+        "",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_LOAD]) + "\n"
+
+
+_LOAD = (
+    "## Load it",
+    "",
+    "```python",
+    "from peft import PeftModel",
+    "",
+    "model = PeftModel.from_pretrained(base_model, adapter)  # base_model: the base, loaded with transformers",
+    "```",
+    "",
+    "Or merge it into the base on disk: `surgery merge BASE ADAPTER -o MERGED`.",
+)
 
 
 def _yaml(value: object) -> str:

@@ -223,6 +223,10 @@ class StepIO:
         self._copied: set[str] = set()
         self._outputs: dict[str, str] = {}
 
+    def still_wanted(self) -> None:
+        """Raise if the work was cancelled: for long arithmetic between one read or write and the next."""
+        self._advance(0)
+
     def _advance(self, count: int) -> None:
         if self._cancelled.is_set():
             raise Cancelled

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from surgery.tiling import tiles
 
@@ -45,6 +45,50 @@ class Truncated:
     passes: int
 
 
+class Products(Protocol):
+    """A matrix D (m, n) that is known by its products alone: `subspace_svd` asks for no more."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def device(self) -> str | torch.device: ...
+    def times(self, right: torch.Tensor) -> torch.Tensor:
+        """D right: (m, l) for right (n, l)."""
+        ...
+
+    def transposed_times(self, left: torch.Tensor) -> torch.Tensor:
+        """D^T left: (n, l) for left (m, l)."""
+        ...
+
+    def squared_error(self, B: torch.Tensor, A: torch.Tensor) -> float:
+        """||D - B A||^2 for B (m, k) and A (k, n)."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A matrix in memory."""
+
+    D: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.D.shape[0], self.D.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.D.device
+
+    def times(self, right: torch.Tensor) -> torch.Tensor:
+        return self.D @ right
+
+    def transposed_times(self, left: torch.Tensor) -> torch.Tensor:
+        return (left.T @ self.D).T
+
+    def squared_error(self, B: torch.Tensor, A: torch.Tensor) -> float:
+        return squared_error(self.D, B, A)
+
+
 def full_svd(D: torch.Tensor, rank: int) -> Truncated:
     """LAPACK's full SVD, cut to `rank`: the reference for `truncated_svd`, at 30 to 100 times its cost."""
     import torch
@@ -70,30 +114,41 @@ def truncated_svd(D: torch.Tensor, rank: int, seed: int, energy: float | None = 
         seed: of the random sketch; drawn on the CPU whatever device D is on.
         energy: ||D||^2 in float64, if it is known already.
     """
+    m, n = D.shape
+    rank = min(rank, m, n)
+    if is_small(m, n, rank):
+        return full_svd(D, rank)
+    total = squared_norm(D) if energy is None else energy
+    return subspace_svd(_Held(D), rank, seed, total)
+
+
+def is_small(m: int, n: int, rank: int) -> bool:
+    """Whether a matrix is hardly larger than the sketch for `rank`, so that its full SVD is the better choice."""
+    return 2 * (rank + OVERSAMPLING) >= min(m, n)
+
+
+def subspace_svd(D: Products, rank: int, seed: int, total: float) -> Truncated:
+    """`truncated_svd` of a matrix by its products. It must not be small (`is_small`); `total` is ||D||^2."""
     import torch
 
     m, n = D.shape
-    rank = min(rank, m, n)
     width = rank + OVERSAMPLING
-    if 2 * width >= min(m, n):
-        return full_svd(D, rank)
-    total = squared_norm(D) if energy is None else energy
     if total == 0.0:
         none = torch.zeros(rank, device=D.device)
         return Truncated(torch.eye(m, rank, device=D.device), none, torch.eye(n, rank, device=D.device), 0.0, 0)
     generator = torch.Generator().manual_seed(seed)
     sketch = torch.randn(n, width, generator=generator, dtype=torch.float32).to(D.device)
-    basis = torch.linalg.qr(D @ sketch).Q  # (m, l), the range of D seen through random columns
+    basis = torch.linalg.qr(D.times(sketch)).Q  # (m, l), the range of D seen through random columns
     errors: list[float] = []
     excess = math.inf
     from_left = True
     for passes in range(2, MAX_PASSES + 1):
-        image = (basis.T @ D).T if from_left else D @ basis  # (n, l) or (m, l)
+        image = D.transposed_times(basis) if from_left else D.times(basis)  # (n, l) or (m, l)
         energies = _ritz_energies(image)
         error = total - math.fsum(energies[:rank])
         if error < RESOLUTION * total:  # the difference has drowned in rounding: measure what the sketch leaves out
             left, right = (basis, image.T) if from_left else (image, basis.T)
-            error = squared_error(D, left, right) + math.fsum(energies[rank:])
+            error = D.squared_error(left, right) + math.fsum(energies[rank:])
         errors.append(error)
         excess = _excess(errors, energies[-1] / energies[rank - 1] if energies[rank - 1] else 0.0, total)
         if excess <= TOLERANCE or passes == MAX_PASSES:

@@ -164,15 +164,32 @@ def adapter_config(
     """
     targets = [site.name for site in sites.values() if site.kind is not Kind.PARAMETER]
     parameters = [site.name for site in sites.values() if site.kind is Kind.PARAMETER]
+    fan_in_fan_out = any(piece.transposed for name in targets for matrix in sites[name].matrices for piece in matrix)
+    return lora_config(
+        alpha,
+        ranks,
+        base_name=base_name,
+        bias=residual.bias,
+        fan_in_fan_out=fan_in_fan_out,
+        modules_to_save=list(residual.modules_to_save) or None,
+        target_modules=shortest_targets(targets, modules),
+        target_parameters=sorted(parameters, key=natural_key) or None,
+        task_type=task_type(checkpoint, residual),
+    )
+
+
+def lora_config(alpha: int, ranks: Mapping[str, int], base_name: str | None, **settings: object) -> dict[str, object]:
+    """The profile's config: one alpha, which is the default rank too, and the ranks of modules that have another.
+
+    `settings` take the place of the values that a plain LoRA without anything beside its factors has.
+    """
     return {
         "alpha_pattern": {},
         "auto_mapping": None,
         "base_model_name_or_path": base_name,
-        "bias": residual.bias,
+        "bias": "none",
         "exclude_modules": None,
-        "fan_in_fan_out": any(
-            piece.transposed for name in targets for matrix in sites[name].matrices for piece in matrix
-        ),
+        "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
         "layer_replication": None,
@@ -181,16 +198,17 @@ def adapter_config(
         "lora_alpha": alpha,
         "lora_bias": False,
         "lora_dropout": 0.0,
-        "modules_to_save": list(residual.modules_to_save) or None,
+        "modules_to_save": None,
         "peft_type": "LORA",
         "r": alpha,
         "rank_pattern": {_pattern(name, ranks): rank for name, rank in sorted(ranks.items()) if rank != alpha},
         "revision": None,
-        "target_modules": shortest_targets(targets, modules),
-        "target_parameters": sorted(parameters, key=natural_key) or None,
-        "task_type": task_type(checkpoint, residual),
+        "target_modules": [],
+        "target_parameters": None,
+        "task_type": None,
         "use_dora": False,
         "use_rslora": False,
+        **settings,
     }
 
 
@@ -198,6 +216,11 @@ def _pattern(name: str, ranks: Collection[str]) -> str:
     """A key of `rank_pattern` that means one module: PEFT takes it for a regular expression for the end of a name."""
     plain = name if re.fullmatch(r"[\w.-]+", name) else re.escape(name)
     return f"^{plain}" if any(other.endswith(f".{name}") for other in ranks) else plain
+
+
+def needs_head(task: object) -> bool:
+    """Whether PEFT wants the head of a task in every adapter for it, and fails where it is absent."""
+    return task in _TASKS_WITH_HEAD
 
 
 def task_type(checkpoint: Checkpoint, residual: Residual) -> str | None:

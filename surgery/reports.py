@@ -162,3 +162,56 @@ class ConvertReport(Report):
     nbytes: int = 0
     file: str = ""
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CombinedModule:
+    """What `combine` or `resize` made of one module.
+
+    M is what the method makes of the adapters' dW before its rank is cut: their weighted sum for `sum` and `cat`, and
+    with `as_peft`; for `tsv` and `iso` what they make at the rank.
+
+    Attributes:
+        shape: (out, in), or (experts, out, in).
+        ranks: of each adapter at this module; 0 for one that does not have it.
+        rank: of the result.
+        energy_kept: 1 - error^2.
+        error: ||M - B A|| / ||M||, measured with the stored factors.
+        from_sum: || sum of the weighted dW - B A || / || sum of the weighted dW ||; None where the sum is zero.
+        excess: as for `ModuleReport`, where M has no small basis and is factored by randomised SVD; 0 elsewhere.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+    rank: int
+    energy_kept: float
+    error: float
+    from_sum: float | None
+    excess: float
+
+
+@dataclass(frozen=True)
+class CombineReport(Report):
+    """What `combine` or `resize` wrote. `energy_kept`, `error` and `from_sum` are over all modules together.
+
+    Attributes:
+        method: how the adapters were combined.
+        adapters: their names, without paths.
+        weights: of the adapters.
+        stored_whole: tensors taken along as they are.
+        parameters: numbers in the new adapter.
+        nbytes: of its weight file.
+    """
+
+    method: str = "sum"
+    adapters: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    modules: tuple[CombinedModule, ...] = ()
+    stored_whole: tuple[str, ...] = ()
+    parameters: int = 0
+    nbytes: int = 0
+    energy_kept: float = 1.0
+    error: float = 0.0
+    from_sum: float | None = None
+    notes: tuple[str, ...] = ()

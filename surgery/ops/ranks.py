@@ -33,13 +33,18 @@ class Spectrum:
     @classmethod
     def of(cls, site: Site, report: Mapping[str, object]) -> Spectrum:
         """Gather what a `SpectrumStep` measured for each matrix of a site."""
+        cost = len(site.matrices) * (site.out_features + site.in_features)
+        return cls.measured(report, cost, min(site.out_features, site.in_features))
+
+    @classmethod
+    def measured(cls, report: Mapping[str, object], cost: int, full: int) -> Spectrum:
+        """The same for what costs `cost` parameters a rank and has at most rank `full`."""
         totals, spectra = report["energies"], report["spectra"]
         assert isinstance(totals, list)
         assert isinstance(spectra, list)
         length = max((len(values) for values in spectra), default=0)
         summed = tuple(math.fsum(values[i] for values in spectra if i < len(values)) for i in range(length))
-        cost = len(site.matrices) * (site.out_features + site.in_features)
-        return cls(summed, math.fsum(totals), cost, min(site.out_features, site.in_features))
+        return cls(summed, math.fsum(totals), cost, full)
 
 
 def by_energy(spectra: Mapping[str, Spectrum], share: float, max_rank: int | None = None) -> dict[str, int]:

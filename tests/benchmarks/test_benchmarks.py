@@ -16,6 +16,7 @@ RUN_ALL = ROOT / "benchmarks" / "run_all.py"
 LAUNCHER = ROOT / "benchmarks" / "launcher.py"
 
 OURS = ("surgery extract", "surgery extract --no-hash")
+COMBINES = ("surgery combine", "surgery combine --no-hash")
 MERGES = ("surgery merge", "surgery merge --no-hash")
 EXTRACT_ERRORS = [f"largest error / least possible, 14 modules, {name}" for name in (*OURS, "plain script")]
 EXPECTED: dict[str, tuple[list[str], list[str]]] = {
@@ -59,6 +60,18 @@ EXPECTED: dict[str, tuple[list[str], list[str]]] = {
         [f"{name}, {layers} layers" for name in MERGES for layers in (1, 5)],
         [f"peak memory, 4x against 1x, {name}" for name in MERGES],
     ),
+    "combine": (
+        [*COMBINES, "a script that calls surgery.combine", "PEFT, loading and combining"],
+        [
+            "CPU of the call against PEFT's call, surgery.combine",
+            *(f"CPU of the process against PEFT's call, {name}" for name in COMBINES),
+            *(
+                f"{what}, largest of 14 modules, {name}"
+                for name in ("surgery combine", "PEFT, loading and combining")
+                for what in ("dW from the nearest of the rank", "truncation error above the least")
+            ),
+        ],
+    ),
     "copy": (
         ["surgery merge", "cp -r and sync", "surgery merge --no-hash", "python -c 'import torch'"],
         [f"wall time beyond start-up against cp, {name}" for name in MERGES],
@@ -95,7 +108,7 @@ def test_every_benchmark_runs_and_leaves_its_rows(name: str, folder: Path) -> No
     assert not (folder / "outputs").exists()
     for row in found["rows"]:
         # What is not a matter of time holds for tiny models too.
-        if row["figure"].startswith(("largest error", "tensors with")):
+        if row["figure"].startswith(("largest error", "tensors with", "dW from", "truncation error")):
             assert row["met"] is not False, row
         if row["figure"].startswith("tensors restored"):
             assert row["ours"] == "21 of 21"
