@@ -8,7 +8,7 @@
 Importing this imports neither torch nor numpy.
 """
 
-from surgery.api import convert, extract, inspect, lint, merge, run_options, subtract, switch, verify
+from surgery.api import convert, extract, inspect, lint, merge, restore, run_options, subtract, switch, verify
 from surgery.errors import (
     FormatError,
     InputError,
@@ -40,6 +40,7 @@ __all__ = [
     "inspect",
     "lint",
     "merge",
+    "restore",
     "run_options",
     "subtract",
     "switch",

@@ -20,6 +20,7 @@ from surgery.dtypes import BY_NAME
 from surgery.errors import MismatchError, OptionError, several
 from surgery.layout import TensorSpec, single_file
 from surgery.operation import PlanSummary, Run, RunOptions, check_paths, config_bytes, staged, summarise
+from surgery.ops.exact_extract import add_exact, check_exact, estimate_exact
 from surgery.ops.factor import CompareStep, FactorStep, SpectrumStep, SvdOptions
 from surgery.ops.ranks import Spectrum, by_budget, by_energy, incomplete
 from surgery.pairing import Pairing, SitePair, TensorPair, pair, refuse_quantised, tied_embedding
@@ -31,6 +32,7 @@ from surgery.sites import Kind, Site, find_sites, select
 from surgery.source import Source, read_bytes
 
 DEFAULT_RANK = 16
+BEST = "best"
 # Values of each spectrum that are read before ranks are chosen by energy or budget; doubled where they do not suffice.
 _SPECTRUM_START = 64
 # A base and its fine-tune point the same way; the weights of unrelated models are as good as orthogonal.
@@ -43,7 +45,8 @@ class ExtractOptions:
     """What to extract.
 
     Attributes:
-        rank: the same for every module (a smaller matrix gets its full rank); 16 if nothing else is given.
+        rank: the same for every module (a smaller matrix gets its full rank); 16 if nothing else is given. `best`, with
+            `exact`, is for each module the rank that makes adapter and record smallest together.
         energy: instead, for each module the least rank that keeps this share of ||dW||^2, in (0, 1].
         budget: instead, this many parameters in all, shared over modules so that the total error is least.
         max_rank: bound on the ranks that `energy` and `budget` choose.
@@ -56,9 +59,10 @@ class ExtractOptions:
         any_base: extract even if the two do not look like a base and its fine-tune.
         base_name: what the adapter should call its base; by default the base's Hub id or folder name.
         seed: of the randomised SVD.
+        exact: write the record, too, from which `restore` gives TUNED back.
     """
 
-    rank: int | None = None
+    rank: int | str | None = None
     energy: float | None = None
     budget: int | None = None
     max_rank: int | None = None
@@ -71,6 +75,7 @@ class ExtractOptions:
     any_base: bool = False
     base_name: str | None = None
     seed: int = 0
+    exact: bool = False
 
     def __post_init__(self) -> None:
         given = [name for name in ("rank", "energy", "budget") if getattr(self, name) is not None]
@@ -80,7 +85,12 @@ class ExtractOptions:
             )
         for name in ("rank", "budget", "max_rank"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if name == "rank" and isinstance(value, str):
+                if value != BEST:
+                    raise OptionError(f"--rank is {value!r}, expected a number or 'best'.")
+                if not self.exact:
+                    raise OptionError("--rank best weighs the adapter against the exact record; it wants --exact.")
+            elif value is not None and value < 1:
                 raise OptionError(f"--{name.replace('_', '-')} is {value}, expected at least 1.")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise OptionError(f"--energy is {self.energy}, expected a share above 0 and at most 1.")
@@ -97,7 +107,9 @@ class ExtractOptions:
     @property
     def fixed_rank(self) -> int | None:
         """The rank of every module, or None where the data decide."""
-        return None if self.energy is not None or self.budget is not None else self.rank or DEFAULT_RANK
+        if self.energy is not None or self.budget is not None or isinstance(self.rank, str):
+            return None
+        return self.rank or DEFAULT_RANK
 
 
 @dataclass(frozen=True)
@@ -130,18 +142,26 @@ def extract(
     inputs = (Input("base", base), Input("tuned", tuned))
     output = Path(output)
     check_paths(output, inputs, run_options.overwrite)
+    if options.exact:
+        check_exact(tuned)
+        if not run_options.settings.hash:
+            raise OptionError("--exact proves what it restores by hashes; leave out --no-hash.")
     work = _prepare(*_with_config(base, tuned), options)
     if not options.any_base:
         _check_related(work)
     first = _factor_plan(work, dict.fromkeys(work.factored, options.fixed_rank or DEFAULT_RANK))
     summary = summarise([first], output, run_options.settings)
     if run_options.dry_run:
-        return ExtractReport(str(output), summary, notes=work.notes, dry_run=True)
+        expected = estimate_exact(base, tuned) if options.exact else None
+        return ExtractReport(str(output), summary, notes=work.notes, dry_run=True, estimated_record_bytes=expected)
     with staged(output, first, ("extract", options), run_options) as run:
         ranks = _choose_ranks(work, run)
         found = run.execute(_factor_plan(work, ranks), "factoring").reports()
         report, plan = _assemble(work, ranks, found, run, summary, output)
         run.execute(plan, "writing")
+        if options.exact:
+            report = replace(report, exact=add_exact(run, base, tuned))
+            report = replace(report, resumed=run.resumed)
         run.finish("extract", options, inputs, report.numbers())
         return report
 
@@ -172,17 +192,20 @@ def _prepare(base: Checkpoint, tuned: Checkpoint, options: ExtractOptions) -> _W
         for item in unmatched
         if paired.sites
     ]
+    grown: list[str] = []
     for other in [one for one in compared.values() if not one.same_shape]:
         del compared[other.name]
         if _has_grown(other) and options.save_residual:
             whole[other.name] = (other.right, "another number of rows")
+        elif _has_grown(other) and options.exact:
+            grown.append(f"{other.name!r} has another number of rows in TUNED, which only the exact record holds.")
         else:
             problems.append(_shape_problem(other))
     one_sided, notes = _one_sided(paired, options)
     problems += one_sided
     if problems:
         raise MismatchError(several(f"the pair {base.label} and {tuned.label}", problems), problems)
-    return _Work(base, tuned, options, factored, compared, whole, notes)
+    return _Work(base, tuned, options, factored, compared, whole, (*notes, *grown))
 
 
 def _is_arithmetic(found: SitePair) -> bool:
@@ -223,7 +246,7 @@ def _one_sided(paired: Pairing, options: ExtractOptions) -> tuple[list[str], tup
     """Sentences about tensors found in one checkpoint only: those that refuse the pair, and those that may pass."""
     base_only = [f"Tensor {name!r} is in BASE and not in TUNED" for name in paired.left_only]
     tuned_only = [f"Tensor {name!r} is in TUNED and not in BASE" for name in paired.right_only]
-    if options.allow_missing:
+    if options.allow_missing or options.exact:
         return [], tuple(f"{text}." for text in (*base_only, *tuned_only))
     problems = [f"{text}; pass --allow-missing to extract the rest." for text in base_only]
     if not options.save_residual:
