@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,17 +34,20 @@ def main() -> None:
     code, prose = encode(tokenizer, source.train), encode(tokenizer, manual.train)
     model = make_model(VOCABULARY, hidden, 2, seed=0)
     pretraining = Training(steps=steps, batch=8, learning_rate=4e-3, weight_decay=0.1, seed=1)
-    train(model, code, pretraining, lambda loss: None)
+    train(model, code, pretraining, lambda _: None)
+    # Fine-tunes start from what is stored.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
     models = {"base": model}
     for name, rate in TUNINGS.items():
         models[name] = copy.deepcopy(model)
-        # A fine-tune starts from what was stored, as they do.
-        models[name].to(torch.bfloat16).to(torch.float32)
         tuning = Training(steps=steps // 2, batch=8, learning_rate=rate, seed=2)
-        train(models[name], prose, tuning, lambda loss: None)
+        train(models[name], prose, tuning, lambda _: None)
     for name, found in models.items():
         for suffix, dtype in (("", torch.bfloat16), ("-float32", torch.float32)):
-            stored = copy.deepcopy(found).to(dtype)
+            stored: Any = copy.deepcopy(found)
+            stored.to(dtype)
             stored.save_pretrained(folder / f"{name}{suffix}")
             tokenizer.save_pretrained(folder / f"{name}{suffix}")
 

@@ -18,15 +18,15 @@ _WINDOW_LOG = 20
 # Bytes that Huffman codes make this much smaller hold runs of equal ones.
 _SPARSE = 0.2
 _Parameter = zstd.CompressionParameter
-_LITERALS = {
+_LITERALS: dict[int, int] = {
     _Parameter.compression_level: 1,
     _Parameter.strategy: zstd.Strategy.fast,
     _Parameter.min_match: 7,
     _Parameter.hash_log: 6,
     _Parameter.window_log: _WINDOW_LOG,
 }
-_MATCHES = {_Parameter.compression_level: 9, _Parameter.window_log: _WINDOW_LOG}
-_LIMITS = {zstd.DecompressionParameter.window_log_max: _WINDOW_LOG}
+_MATCHES: dict[int, int] = {_Parameter.compression_level: 9, _Parameter.window_log: _WINDOW_LOG}
+_LIMITS: dict[int, int] = {zstd.DecompressionParameter.window_log_max: _WINDOW_LOG}
 
 
 def compress(data: bytes) -> bytes:

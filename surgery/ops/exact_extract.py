@@ -187,4 +187,4 @@ def _estimated_share(source: StoredTensor, tensor: StoredTensor) -> float:
         .view(f"u{width}")
         for one in (source, tensor)
     ]
-    return min(1.0, estimate(*pieces, EXPONENT_BITS.get(tensor.dtype.name, 0)) / (count * width))
+    return min(1.0, estimate(pieces[0], pieces[1], EXPONENT_BITS.get(tensor.dtype.name, 0)) / (count * width))

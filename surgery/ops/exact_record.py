@@ -196,7 +196,7 @@ def record_bytes(
     hashes: HashBook,
 ) -> bytes:
     """The bytes of `record.json`."""
-    used = sorted({e.origin for e in entries.values() if e.origin in base.tensors}, key=natural_key)
+    used = sorted({e.origin for e in entries.values() if e.origin and e.origin in base.tensors}, key=natural_key)
     content = {
         "schema": SCHEMA,
         "base_name": base.provenance["source"],
@@ -219,6 +219,13 @@ def has_exact(adapter: Adapter) -> bool:
     return path is not None and (path / FOLDER / "record.json").is_file()
 
 
+def exact_bytes(adapter: Adapter) -> int | None:
+    """Size of an adapter's exact record, or None where it has none."""
+    if not has_exact(adapter) or adapter.files.path is None:
+        return None
+    return sum(path.stat().st_size for path in (adapter.files.path / FOLDER).rglob("*") if path.is_file())
+
+
 def open_exact(adapter: Adapter) -> ExactRecord:
     """Open the exact record of an adapter on disk. Raises `FormatError` for one that cannot be used."""
     if adapter.files.path is None:
@@ -237,9 +244,7 @@ def open_exact(adapter: Adapter) -> ExactRecord:
         _mapping(content, key, label) for key in ("tensors", "base", "adapter", "files", "shards")
     )
     entries = {name: _entry(name, value, label) for name, value in tensors.items()}
-    for name, value in base.items():
-        if not isinstance(value, dict) or value.get("dtype") not in BY_NAME or not _is_hash(value.get("blake3")):
-            raise FormatError(f"{label} does not describe the base's tensor {name!r}.")
+    described = {name: _description(name, value, label) for name, value in base.items()}
     if not all(_is_hash(value) for value in hashes.values()):
         raise FormatError(f"{label} has no hashes of the adapter's tensors.")
     layout = _layout(folder, shards, entries, label)
@@ -251,10 +256,18 @@ def open_exact(adapter: Adapter) -> ExactRecord:
     missing = [name for name, entry in known.items() if not entry.in_base and f"files/{name}" not in present]
     if missing:
         raise FormatError(f"{folder.label} lacks files/{missing[0]}; fetch the adapter again.")
-    names = (content.get("base_name"), content.get("tuned_name"))
     return ExactRecord(
-        folder.label, str(names[0]), str(names[1]), entries, base, hashes, known, layout, _parts(folder, entries), folder
-    )  # fmt: skip
+        label=folder.label,
+        base_name=str(content.get("base_name")),
+        tuned_name=str(content.get("tuned_name")),
+        entries=entries,
+        base=described,
+        adapter={name: str(value) for name, value in hashes.items()},
+        files=known,
+        layout=layout,
+        parts=_parts(folder, entries),
+        folder=folder,
+    )
 
 
 def _mapping(content: Mapping[str, object], key: str, label: str) -> dict[str, object]:
@@ -266,6 +279,12 @@ def _mapping(content: Mapping[str, object], key: str, label: str) -> dict[str, o
 
 def _is_hash(value: object) -> bool:
     return isinstance(value, str) and len(value) == 64
+
+
+def _description(name: str, value: object, label: str) -> Mapping[str, object]:
+    if not isinstance(value, dict) or value.get("dtype") not in BY_NAME or not _is_hash(value.get("blake3")):
+        raise FormatError(f"{label} does not describe the base's tensor {name!r}.")
+    return value
 
 
 def _entry(name: str, value: object, label: str) -> Entry:

@@ -20,6 +20,7 @@ from surgery.dtypes import BY_NAME
 from surgery.errors import MismatchError, OptionError, several
 from surgery.layout import TensorSpec, single_file
 from surgery.operation import PlanSummary, Run, RunOptions, check_paths, config_bytes, staged, summarise
+from surgery.ops import best_rank
 from surgery.ops.exact_extract import add_exact, check_exact, estimate_exact
 from surgery.ops.factor import CompareStep, FactorStep, SpectrumStep, SvdOptions
 from surgery.ops.ranks import Spectrum, by_budget, by_energy, incomplete
@@ -261,7 +262,7 @@ def _factor_plan(work: _Work, ranks: Mapping[str, int]) -> Plan:
     steps: list[Step] = []
     spare = sum(tensor.nbytes for tensor, _ in work.whole.values()) if work.options.save_residual else 0
     for name, found in work.factored.items():
-        if name in ranks:
+        if ranks.get(name):
             site = found.right
             rank = min(ranks[name], site.out_features, site.in_features)
             steps.append(FactorStep(found, work.options.svd, rank, alpha / rank))
@@ -308,6 +309,8 @@ def _choose_ranks(work: _Work, run: Run) -> dict[str, int]:
     options = work.options
     if options.fixed_rank is not None:
         return dict.fromkeys(work.factored, options.fixed_rank)
+    if options.rank == BEST:
+        return _choose_best(work, run)
     spectra: dict[str, Spectrum] = {}
     ranks: dict[str, int] = {}
     wanted = dict.fromkeys(work.factored, _SPECTRUM_START)
@@ -332,6 +335,21 @@ def _choose_ranks(work: _Work, run: Run) -> dict[str, int]:
     return ranks
 
 
+def _choose_best(work: _Work, run: Run) -> dict[str, int]:
+    """The rank of every site that changed; 0 where the record alone is smaller than with any factors."""
+    found: dict[str, Mapping[str, object]] = {}
+    counts = dict.fromkeys(work.factored, best_rank.START)
+    wanted = list(work.factored)
+    ranks: dict[str, int] = {}
+    while wanted:
+        steps = {name: best_rank.RankStep(work.factored[name], work.options.svd, counts[name]) for name in wanted}
+        reports = run.execute(Plan(tuple(steps.values())), "weighing ranks").reports()
+        found |= {name: reports[step.name] for name, step in steps.items()}
+        ranks, wanted = best_rank.choose(work.factored, work.options.svd, found, counts)
+        counts |= {name: 4 * counts[name] for name in wanted}
+    return ranks
+
+
 # Assembly -------------------------------------------------------------------------------------------------------------
 
 
@@ -347,7 +365,7 @@ def _assemble(
     alpha = max(ranks.values(), default=1)
     sites: dict[str, Site] = {}
     modules: list[ModuleReport] = []
-    for name in ranks:
+    for name in (name for name, rank in ranks.items() if rank):
         if found[f"factor {name}"]["energy"]:
             sites[name] = work.factored[name].right
             modules.append(_module_report(sites[name], found[f"factor {name}"]))
@@ -361,16 +379,20 @@ def _assemble(
         steps += [_copy(key, parts[part]) for key, part in zip(keys, "AB", strict=True)]
     steps += [_copy(f"base_model.model.{key}", tensor) for key, tensor in residual.tensors.items()]
     layout = single_file("adapter_model.safetensors", [step.output for step in steps])
+    passed_over = sum(rank == 0 for rank in ranks.values())
+    notes = work.notes
+    if passed_over:
+        notes += (f"{passed_over} modules changed and have no factors: the exact record alone is smaller.",)
     totals = _Totals.of([found[f"factor {name}"] for name in sites])
     report = ExtractReport(
         output=str(output),
         plan=summary,
         modules=tuple(modules),
         residual=_residual_reports(work, changed, residual),
-        unchanged=len(work.factored) - len(sites),
+        unchanged=len(work.factored) - len(sites) - passed_over,
         parameters=sum(math.prod(step.output.shape) for step in steps),
         nbytes=layout.nbytes,
-        notes=work.notes,
+        notes=notes,
         change=totals.change,
         energy_kept=totals.energy_kept,
         error=totals.error,

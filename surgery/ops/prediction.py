@@ -2,16 +2,16 @@
 
     W: (rows, columns) the base      B: (out, r)      A: (r, in)      s: scale      dW = s B A
 
-Both factors are rounded to integers times a power of two, B' = round(s B 2^b) and A' = round(A 2^a), so coarse that every
-product and every partial sum of B' A' is an integer that the floating-point type of the arithmetic holds exactly. Then
-order of summation, fused multiply-add, threads and device cannot matter: there is nothing to round. By Cauchy and
+Both factors are rounded to integers times a power of two, B' = round(s B 2^b) and A' = round(A 2^a), so coarse that
+every product and every partial sum of B' A' is an integer that the floating-point type of the arithmetic holds exactly.
+Then order of summation, fused multiply-add, threads and device cannot matter: there is nothing to round. By Cauchy and
 Schwarz no partial sum exceeds the norm of a row of B' times that of a column of A', which is kept within 2^24 for
 float32 and 2^53 for float64. What follows is done weight by weight, in a fixed order: times 2^-(a+b), added to W,
 rounded to the dtype of the result.
 
 The exponents a and b are found with sums that do depend on their order, so they are stored, not found again.
-In float32 the entries of the factors keep about ten bits; what that costs in accuracy, some 6e-4 of dW, is less than the
-rounding of bfloat16 takes. Results of more than eight significant bits are predicted in float64.
+In float32 the entries of the factors keep about ten bits; what that costs in accuracy, some 6e-4 of dW, is less than
+the rounding of bfloat16 takes. Results of more than eight significant bits are predicted in float64.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Fixed:
 
 
 def choose_exponents(factors: Factors, kind: str) -> tuple[int, int] | None:
-    """b and a for float64 factors and an arithmetic; None where dW is zero or not finite, so that W alone predicts."""
+    """The exponents b and a for float64 factors and an arithmetic; None where dW is zero or no number: W alone predicts."""
     rows = float(factors.B.norm(dim=1).amax()) * abs(factors.scale)
     columns = float(factors.A.norm(dim=0).amax())
     if not (math.isfinite(rows) and math.isfinite(columns) and rows and columns):

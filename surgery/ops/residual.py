@@ -80,9 +80,7 @@ def decode(predicted: np.ndarray, data: bytes | memoryview, exponent_bits: int =
         raise ValueError("classes that another prediction was sorted into")
 
 
-def _decode_stretch(
-    predicted: np.ndarray, ranges: list[_Members], decoded: list[_Cursor], exponent_bits: int
-) -> None:
+def _decode_stretch(predicted: np.ndarray, ranges: list[_Members], decoded: list[_Cursor], exponent_bits: int) -> None:
     import numpy as np
 
     magnitude = _magnitude(predicted, exponent_bits)
@@ -353,7 +351,7 @@ def _entropies(counts: np.ndarray) -> np.ndarray:
 
 
 def _weigh(counts: np.ndarray) -> np.ndarray:
-    """n log2 n, and 0 for n <= 0."""
+    """The values n log2 n, and 0 for n <= 0."""
     import numpy as np
 
     weighed: np.ndarray = counts * np.log2(np.maximum(counts, 1))

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from surgery.execute import StepIO
 
 
-
 def restore(
     base: Checkpoint, adapter: Adapter, output: str | os.PathLike[str], run_options: RunOptions
 ) -> RestoreReport:
