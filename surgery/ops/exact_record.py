@@ -282,7 +282,8 @@ def _is_hash(value: object) -> bool:
 
 
 def _description(name: str, value: object, label: str) -> Mapping[str, object]:
-    if not isinstance(value, dict) or value.get("dtype") not in BY_NAME or not _is_hash(value.get("blake3")):
+    known = isinstance(value, dict) and value.get("dtype") in BY_NAME and isinstance(value.get("shape"), list)
+    if not isinstance(value, dict) or not known or not _is_hash(value.get("blake3")):
         raise FormatError(f"{label} does not describe the base's tensor {name!r}.")
     return value
 

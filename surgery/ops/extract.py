@@ -198,7 +198,7 @@ def _prepare(base: Checkpoint, tuned: Checkpoint, options: ExtractOptions) -> _W
         del compared[other.name]
         if _has_grown(other) and options.save_residual:
             whole[other.name] = (other.right, "another number of rows")
-        elif _has_grown(other) and options.exact:
+        elif options.exact and len(other.left.shape) > 1 and other.left.shape[1:] == other.right.shape[1:]:
             grown.append(f"{other.name!r} has another number of rows in TUNED, which only the exact record holds.")
         else:
             problems.append(_shape_problem(other))

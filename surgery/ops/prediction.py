@@ -71,7 +71,7 @@ class Fixed:
 
 
 def choose_exponents(factors: Factors, kind: str) -> tuple[int, int] | None:
-    """The exponents b and a for float64 factors and an arithmetic; None where dW is zero or no number: W alone predicts."""
+    """The exponents b and a for float64 factors; None where dW is zero or not finite, so that W alone predicts."""
     rows = float(factors.B.norm(dim=1).amax()) * abs(factors.scale)
     columns = float(factors.A.norm(dim=0).amax())
     if not (math.isfinite(rows) and math.isfinite(columns) and rows and columns):

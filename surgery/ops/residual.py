@@ -201,13 +201,13 @@ def _choose_classes(predicted: np.ndarray, actual: np.ndarray, exponent_bits: in
     table = np.bincount(groups * _SYMBOLS + symbols, minlength=len(bounds) * _SYMBOLS).reshape(len(bounds), _SYMBOLS)
     sums = np.pad(np.cumsum(table[:, table.any(axis=0)], axis=0), ((1, 0), (0, 0)))
     cost = _entropies(sums[None, :] - sums[:, None])  # [i, j]: of groups i up to j together
-    best, cuts = cost[0], [np.zeros(len(sums), np.int64)]
+    best, cuts = np.where(np.arange(len(sums)) > 0, cost[0], np.inf), [np.zeros(len(sums), np.int64)]
     chosen = [0]
     for count in range(2, min(_MOST_CLASSES, len(bounds)) + 1):
         options = np.where(np.tri(len(sums), k=-1, dtype=bool).T, best[:, None] + cost, np.inf)
         before, best = best, options.min(axis=0)
         cuts.append(options.argmin(axis=0))
-        if before[-1] - best[-1] < _LEAST_GAIN * (before[-1] + raw.sum()):
+        if before[-1] - best[-1] <= _LEAST_GAIN * (before[-1] + raw.sum()):
             break
         chosen, end = [], len(bounds)
         for level in range(count - 1, -1, -1):
