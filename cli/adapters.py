@@ -76,8 +76,8 @@ def extract(base: str, tuned: str, all_modules: bool, as_json: bool, quiet: bool
 @click.command(
     epilog="""\b
 Examples:
-  surgery extract base tuned -o adapter --exact
-  surgery restore base adapter -o tuned-again"""
+  surgery restore base adapter -o tuned       # after `surgery extract base tuned -o adapter --exact`
+  surgery restore org/base adapter -o tuned --dry-run"""
 )
 @click.argument("base", metavar="BASE", type=click.Path())
 @click.argument("adapter", metavar="ADAPTER", type=click.Path())

@@ -6,8 +6,8 @@ Both factors are rounded to integers times a power of two, B' = round(s B 2^b) a
 every product and every partial sum of B' A' is an integer that the floating-point type of the arithmetic holds exactly.
 Then order of summation, fused multiply-add, threads and device cannot matter: there is nothing to round. By Cauchy and
 Schwarz no partial sum exceeds the norm of a row of B' times that of a column of A', which is kept within 2^24 for
-float32 and 2^53 for float64. What follows is done weight by weight, in a fixed order: times 2^-(a+b), added to W,
-rounded to the dtype of the result.
+float32 and 2^53 for float64. A power of two changes nothing of this, so A' is multiplied by 2^-(a+b). What follows is
+done weight by weight, in a fixed order: the product is added to W, and that is rounded to the dtype of the result.
 
 The exponents a and b are found with sums that do depend on their order, so they are stored, not found again.
 In float32 the entries of the factors keep about ten bits; what that costs in accuracy, some 6e-4 of dW, is less than
@@ -32,7 +32,8 @@ _COARSE = {"BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 # Integers up to this power of two are exact, with a margin for the rounding to integers and of the norms themselves.
 _EXACT_BITS = {"float32": 24, "float64": 53}
 _MARGIN = 0.05
-_LARGEST_EXPONENT = 500
+# What lies beyond is left out: it would be rounded where the type's own exponents end.
+_LARGEST_EXPONENT = {"float32": 100, "float64": 500}
 
 
 def arithmetic(base: DType, result: DType) -> str:
@@ -42,18 +43,17 @@ def arithmetic(base: DType, result: DType) -> str:
 
 @dataclass(frozen=True)
 class Fixed:
-    """Factors as integers, in the type of the arithmetic.
+    """Factors in the type of the arithmetic, whose product is dW.
 
     Attributes:
-        B: (out, r) integers.     A: (r, in) integers.
-        exponents: b and a; dW = B A 2^-(a + b).
+        B: (out, r) integers.
+        A: (r, in) integers times 2^-(a + b).
         transposed: whether the block holds the transpose of B A.
         whole: whether rows of the block are no rows of B A: a convolution.
     """
 
     B: torch.Tensor
     A: torch.Tensor
-    exponents: tuple[int, int]
     transposed: bool
     whole: bool
 
@@ -62,12 +62,10 @@ class Fixed:
         import torch
 
         if self.transposed:
-            product = torch.mm(self.A[:, begin:end].T, self.B.T)
-        elif self.whole:
-            product = torch.mm(self.B, self.A).view(-1, columns)[begin:end]
-        else:
-            product = torch.mm(self.B[begin:end], self.A)
-        return product.mul_(2.0 ** -sum(self.exponents))
+            return torch.mm(self.A[:, begin:end].T, self.B.T)
+        if self.whole:
+            return torch.mm(self.B, self.A).view(-1, columns)[begin:end]
+        return torch.mm(self.B[begin:end], self.A)
 
 
 def choose_exponents(factors: Factors, kind: str) -> tuple[int, int] | None:
@@ -86,18 +84,18 @@ def choose_exponents(factors: Factors, kind: str) -> tuple[int, int] | None:
     # Rounding both down may leave room for one more bit in one of them.
     if (rows * 2.0 ** (b + 1) + slack) * (columns * 2.0**a + slack) <= 2.0 ** (2 * half):
         b += 1
-    return (b, a) if max(abs(a), abs(b)) <= _LARGEST_EXPONENT else None
+    return (b, a) if abs(a + b) <= _LARGEST_EXPONENT[kind] >= max(abs(a), abs(b)) else None
 
 
 def fix(factors: Factors, exponents: tuple[int, int], kind: str) -> Fixed:
-    """Round float64 factors to integers."""
+    """Round float64 factors to integers, times a power of two."""
     import torch
 
     b, a = exponents
     dtype = getattr(torch, kind)
     B = (factors.B * factors.scale).mul_(2.0**b).round_().to(dtype)
-    A = (factors.A * 2.0**a).round_().to(dtype)
-    return Fixed(B, A, exponents, factors.transposed, bool(factors.shape))
+    A = (factors.A * 2.0**a).round_().mul_(2.0 ** -(a + b)).to(dtype)
+    return Fixed(B, A, factors.transposed, bool(factors.shape))
 
 
 def predict(W: torch.Tensor, found: Sequence[Fixed], begin: int, end: int, result: DType, kind: str) -> torch.Tensor:

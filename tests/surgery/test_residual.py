@@ -85,7 +85,7 @@ def test_size_is_near_the_entropy(noise: float) -> None:
     predicted, actual = tuned_like(1 << 19, noise)
     least = conditional_entropy(predicted, actual)
     size = 8 * len(check(predicted, actual, "BF16")) / len(predicted)
-    assert least < size < 1.08 * least + 0.05
+    assert least < size < 1.12 * least + 0.05  # a few classes stand for all exponents
     guess = 8 * estimate(predicted, actual, 8) / len(predicted)
     assert guess == pytest.approx(size, rel=0.08)
 
