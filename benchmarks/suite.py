@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import machine
-from benchmarks.cases import copying, extraction, memory, merging, reversing, starting, undo_record
+from benchmarks.cases import copying, exact, extraction, memory, merging, reversing, starting, undo_record
 from benchmarks.measuring import ROOT, ProcessError, Workshop
 from benchmarks.table import Result
 
@@ -20,6 +20,8 @@ BENCHMARKS: dict[str, Callable[[Workshop], Result]] = {
     "merge": merging.run,
     "reversible": reversing.run,
     "undo-record": undo_record.run,
+    "exact-sizes": exact.sizes,
+    "exact-speed": exact.speed,
     "memory": memory.run,
     "copy": copying.run,
     "startup": starting.run,

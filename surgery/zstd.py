@@ -14,6 +14,8 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
+__all__ = ["compress", "decompress", "zstd"]
+
 _WINDOW_LOG = 20
 # Bytes that Huffman codes make this much smaller hold runs of equal ones.
 _SPARSE = 0.2
