@@ -64,6 +64,8 @@ class _Files:
 
 def add_exact(run: Run, base: Checkpoint, tuned: Checkpoint) -> ExactReport:
     """Write `exact/` into an output whose adapter is in place."""
+    if not base.config:  # a lone file is read as what the other one is
+        base = replace(base, config=tuned.config)
     adapter = read_adapter(_StagedFolder(run.staging.files))
     names = counterparts(base, tuned, adapter)
     coded = {name: tensor for name, tensor in tuned.tensors.items() if is_coded(tensor)}

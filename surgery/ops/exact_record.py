@@ -74,6 +74,7 @@ class ExactRecord:
         entries: every tensor of the fine-tune, by stored name.
         base: dtype, shape and hash of every tensor of the base that is needed.
         adapter: hash of every tensor of the adapter.
+        config: what the base was read as: its own config, or that of the fine-tune where it had none.
         files: the fine-tune's other files, by relative path.
         layout: the fine-tune's safetensors files.
         parts: codes and literals, by tensor.
@@ -86,6 +87,7 @@ class ExactRecord:
     entries: Mapping[str, Entry]
     base: Mapping[str, Mapping[str, object]]
     adapter: Mapping[str, str]
+    config: Mapping[str, object]
     files: Mapping[str, FileEntry]
     layout: Layout = field(repr=False)
     parts: Mapping[str, StoredTensor] = field(repr=False)
@@ -204,6 +206,7 @@ def record_bytes(
         "shards": {shard.name: shard.source.size - len(shard.header.raw) for shard in tuned.shards},
         "tensors": {name: {k: v for k, v in asdict(e).items() if v is not None} for name, e in entries.items()},
         "base": {name: describe_tensor(base.tensors[name], hashes.require(base.tensors[name])) for name in used},
+        "config": base.config,
         "adapter": {name: hashes.require(tensor) for name, tensor in adapter.files.tensors.items()},
         "files": {name: asdict(entry) for name, entry in files.items()},
     }
@@ -240,8 +243,8 @@ def open_exact(adapter: Adapter) -> ExactRecord:
     label = f"{folder.label}/record.json"
     if content.get("schema") != SCHEMA:
         raise FormatError(f"{label} has schema {content.get('schema')!r}, expected {SCHEMA}; use a newer version.")
-    tensors, base, hashes, files, shards = (
-        _mapping(content, key, label) for key in ("tensors", "base", "adapter", "files", "shards")
+    tensors, base, hashes, config, files, shards = (
+        _mapping(content, key, label) for key in ("tensors", "base", "adapter", "config", "files", "shards")
     )
     entries = {name: _entry(name, value, label) for name, value in tensors.items()}
     described = {name: _description(name, value, label) for name, value in base.items()}
@@ -263,6 +266,7 @@ def open_exact(adapter: Adapter) -> ExactRecord:
         entries=entries,
         base=described,
         adapter={name: str(value) for name, value in hashes.items()},
+        config=config,
         files=known,
         layout=layout,
         parts=_parts(folder, entries),

@@ -43,6 +43,7 @@ def restore(
         raise OptionError(f"{adapter.label} is given the weight {adapter.weight:g}; restoring takes it as it is.")
     record = open_exact(adapter)
     record.check_headers(base)
+    base = replace(base, config=record.config)
     # The proof is in the hashes, so they are made whether or not they were asked for, and none is remembered.
     run_options = replace(run_options, settings=replace(run_options.settings, hash=True), remember=False)
     plan = _plan(base, adapter, record)

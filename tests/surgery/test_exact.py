@@ -183,6 +183,15 @@ def test_a_fine_tune_that_is_one_file_comes_back(tmp_path: Path) -> None:
     assert tree(tmp_path / "again") == {"model.safetensors": (tuned / "model.safetensors").read_bytes()}
 
 
+def test_a_base_that_is_one_file_does(tmp_path: Path) -> None:
+    """It is read as what the fine-tune is, when it is extracted from and when it is restored from."""
+    base, tuned = pair_of("qwen2_moe", tmp_path)
+    report = round_trip(base / "model.safetensors", tuned, tmp_path)
+    assert report.residual_bytes < 0.8 * sum(tensor.tuned_bytes for tensor in report.tensors)
+    surgery.restore(base, tmp_path / "adapter", output=tmp_path / "from-folder")
+    assert unequal(tuned, tmp_path / "from-folder") == []
+
+
 def test_names_without_a_prefix_come_back(tmp_path: Path) -> None:
     """A fine-tune saved from the task's class, of a base saved from the base class."""
     model = make("bert")
