@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import machine
-from benchmarks.cases import combining, copying, extraction, memory, merging, reversing, starting, undo_record
+from benchmarks.cases import combining, copying, exact, extraction, memory, merging, reversing, starting, undo_record
 from benchmarks.measuring import ROOT, ProcessError, Workshop
 from benchmarks.table import Result
 
@@ -20,6 +20,8 @@ BENCHMARKS: dict[str, Callable[[Workshop], Result]] = {
     "merge": merging.run,
     "reversible": reversing.run,
     "undo-record": undo_record.run,
+    "exact-sizes": exact.sizes,
+    "exact-speed": exact.speed,
     "memory": memory.run,
     "combine": combining.run,
     "copy": copying.run,

@@ -1,4 +1,4 @@
-"""Commands on adapters: extract, merge, subtract, switch."""
+"""Commands on adapters: extract, restore, merge, subtract, switch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 import surgery
-from surgery.cli.options import Count, Size, device, writing
+from surgery.cli.options import Count, Rank, Size, device, restoring, writing
 from surgery.cli.progress import make_progress
 
 
@@ -17,11 +17,12 @@ Examples:
   surgery extract base tuned -o adapter
   surgery extract base tuned -o adapter --rank 64 --targets attention
   surgery extract base tuned -o adapter --energy 0.95 --save-residual
-  surgery extract org/base org/tuned@v2 -o adapter --budget 18M --dtype bfloat16"""
+  surgery extract org/base org/tuned@v2 -o adapter --budget 18M --dtype bfloat16
+  surgery extract base tuned -o adapter --exact --rank best   # `surgery restore base adapter` gives tuned back"""
 )
 @click.argument("base", metavar="BASE", type=click.Path())
 @click.argument("tuned", metavar="TUNED", type=click.Path())
-@click.option("--rank", type=click.IntRange(1), help="Rank of every module.  [default: 16]")
+@click.option("--rank", type=Rank(), metavar="N|best", help="Rank of every module (best: see --exact).  [default: 16]")
 @click.option("--energy", type=click.FloatRange(0, 1, min_open=True), help="Keep this share of each change instead.")
 @click.option("--budget", type=Count(), help="Share out this many parameters instead, for the least total error.")
 @click.option("--max-rank", type=click.IntRange(1), help="Bound on the ranks that --energy and --budget choose.")
@@ -45,6 +46,12 @@ Examples:
     show_default=True,
     help="Of the factors; for bfloat16 the second is refitted to the rounded first.",
 )
+@click.option(
+    "--exact",
+    is_flag=True,
+    help="Keep what the adapter misses, too, compressed, so that `surgery restore` gives TUNED back bit for bit; "
+    "--rank best makes adapter and record smallest together.",
+)
 @click.option("--save-residual", is_flag=True, help="Store what changed and has no factors whole (modules_to_save).")
 @click.option("--allow-missing", is_flag=True, help="Report tensors found in one checkpoint only; do not refuse.")
 @click.option("--allow-nonfinite", is_flag=True, help="Count NaN and infinity as unchanged; do not refuse.")
@@ -64,6 +71,27 @@ def extract(base: str, tuned: str, all_modules: bool, as_json: bool, quiet: bool
 
     report = surgery.extract(base, tuned, progress=make_progress(quiet), **options)
     render.show(report, lambda console: render.extraction(console, report, all_modules), as_json, quiet)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  surgery restore base adapter -o tuned       # after `surgery extract base tuned -o adapter --exact`
+  surgery restore org/base adapter -o tuned --dry-run"""
+)
+@click.argument("base", metavar="BASE", type=click.Path())
+@click.argument("adapter", metavar="ADAPTER", type=click.Path())
+@restoring
+def restore(base: str, adapter: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Restore a fine-tune from its base and an exact extraction.
+
+    Every file of it, bit for bit, proved by the hashes in the adapter's exact record; another base is refused before
+    any work.
+    """
+    from surgery.cli import render
+
+    report = surgery.restore(base, adapter, progress=make_progress(quiet), **options)
+    render.show(report, lambda console: render.restored(console, report), as_json, quiet)
 
 
 @click.command(

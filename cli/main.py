@@ -22,6 +22,7 @@ from surgery.version import __version__
 COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("surgery.cli.look:inspect", "Say what a checkpoint or an adapter is."),
     "extract": ("surgery.cli.adapters:extract", "Extract a LoRA adapter from the difference of two checkpoints."),
+    "restore": ("surgery.cli.adapters:restore", "Restore a fine-tune from its base and an exact extraction."),
     "merge": ("surgery.cli.adapters:merge", "Merge adapters into a checkpoint."),
     "subtract": ("surgery.cli.adapters:subtract", "Take adapters out of a merged checkpoint."),
     "switch": ("surgery.cli.adapters:switch", "Take one adapter out of a merged checkpoint and put another in."),

@@ -46,16 +46,40 @@ class Count(click.ParamType[int]):
         return int(float(match[1]) * 1000 ** _FACTORS.get((match[2] or "").upper(), 0))
 
 
+class Rank(click.ParamType[int | str]):
+    """A rank, or `best`."""
+
+    name = "rank"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "best":
+            return "best"
+        if not str(value).isdecimal() or int(value) < 1:
+            self.fail(f"{value!r} is not a rank: a number of at least 1, or best.", param, ctx)
+        return int(value)
+
+
+def restoring(command: Command) -> Command:
+    """The options of a command whose output is proved by hashes."""
+    return _apply(reporting(command), _writing_options())
+
+
 def writing(command: Command) -> Command:
-    """The options of every command that writes."""
-    options: list[Decorator] = [
+    """The options of every other command that writes."""
+    options = _writing_options()
+    hashing = click.option(
+        "--no-hash", "hash", flag_value=False, default=True, help="Do not hash tensors; saves one read."
+    )
+    return _apply(reporting(command), [*options[:-1], hashing, options[-1]])
+
+
+def _writing_options() -> list[Decorator]:
+    return [
         click.option("-o", "--output", required=True, type=click.Path(), help="Folder to write; must not exist."),
         click.option("--overwrite", is_flag=True, help="Replace an output that exists."),
         click.option("--dry-run", is_flag=True, help="Check everything, show the plan, write nothing."),
-        click.option("--no-hash", "hash", flag_value=False, default=True, help="Do not hash tensors; saves one read."),
         click.option("--threads", type=click.IntRange(1), help="Tensors at a time.  [default: all processors]"),
     ]
-    return _apply(reporting(command), options)
 
 
 def reporting(command: Command) -> Command:

@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from surgery.ops.inspection import AdapterReport, CheckpointReport, Origin, Share
     from surgery.ops.lint import LintReport
     from surgery.ops.verify import CompareReport, VerifyReport
-    from surgery.reports import CombinedModule, CombineReport, ConvertReport, ExtractReport, MergeReport, ModuleReport
+    from surgery.reports import (
+        CombinedModule,
+        CombineReport,
+        ConvertReport,
+        ExtractReport,
+        MergeReport,
+        ModuleReport,
+        RestoreReport,
+    )
 
 # More rows than this are summed up by the last component of their names, unless every one is asked for.
 MOST_ROWS = 60
@@ -132,6 +140,8 @@ def extraction(console: Console, report: ExtractReport, every: bool) -> None:
     """Draw what `extract` returns; with `every`, list all modules."""
     if report.dry_run:
         plan(console, report.plan, report.output)
+        if report.estimated_record_bytes is not None:
+            line(console, f"The exact record comes on top, with about {size(report.estimated_record_bytes)} at most.")
         notes(console, report.notes)
         return
     columns = ("module", "shape", "rank", "change", "kept", "error", "excess")
@@ -150,6 +160,7 @@ def extraction(console: Console, report: ExtractReport, every: bool) -> None:
         )
     )
     _residual(console, report)
+    _exact(console, report)
     notes(console, report.notes)
 
 
@@ -219,6 +230,54 @@ def _residual(console: Console, report: ExtractReport) -> None:
             "What is stored whole is read by PEFT and by `surgery merge`. vLLM refuses an adapter with modules_to_save "
             "(other than a classifier's head), and llama.cpp takes norms only.",
         )
+
+
+def _exact(console: Console, report: ExtractReport) -> None:
+    exact = report.exact
+    if exact is None:
+        return
+    line(console, "")
+    if len(exact.tensors) <= MOST_ROWS:
+        rows = [
+            (
+                tensor.name,
+                tensor.how,
+                size(tensor.nbytes),
+                size(tensor.tuned_bytes),
+                percent(tensor.nbytes / tensor.tuned_bytes if tensor.tuned_bytes else None),
+            )
+            for tensor in exact.tensors
+        ]
+        console.print(table(("exact record", "", "kept", "of", "share"), rows, left=2))
+        line(console, "")
+    together = exact.adapter_bytes + exact.record_bytes
+    console.print(
+        facts(
+            [
+                ("fine-tune", f"{size(exact.tuned_bytes)}, restored bit for bit by `surgery restore`"),
+                ("adapter", size(exact.adapter_bytes)),
+                ("exact record", f"{size(exact.record_bytes)}, of it {size(exact.residual_bytes)} for the weights"),
+                ("together", f"{size(together)}, {percent(exact.ratio)} of the fine-tune"),
+            ]
+        )
+    )
+    notes(console, exact.notes)
+
+
+def restored(console: Console, report: RestoreReport) -> None:
+    """Draw what `restore` returns."""
+    if report.dry_run:
+        plan(console, report.plan, report.output)
+        return
+    console.print(
+        facts(
+            [
+                ("restored", f"{report.output}: {report.tuned}, {size(report.nbytes)} in {report.files} files"),
+                ("tensors", f"{report.tensors}, {report.same} of them as they are in the base or the adapter"),
+                ("proof", "every tensor and file has the hash it had"),
+            ]
+        )
+    )
 
 
 # merge, subtract, switch ----------------------------------------------------------------------------------------------
@@ -422,6 +481,9 @@ def adapter(console: Console, report: AdapterReport) -> None:
         pairs.append(("particulars", ", ".join(report.variants)))
     if report.saved:
         pairs.append(("stored whole", _some(report.saved)))
+    if report.exact_bytes is not None:
+        restores = "`surgery restore` gives the fine-tune back, bit for bit"
+        pairs.append(("exact record", f"{size(report.exact_bytes)}: {restores}"))
     pairs += _origin(report.origin)
     console.print(facts(pairs))
     line(console, "")

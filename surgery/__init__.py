@@ -8,7 +8,20 @@
 Importing this imports neither torch nor numpy.
 """
 
-from surgery.api import combine, convert, extract, inspect, lint, merge, resize, run_options, subtract, switch, verify
+from surgery.api import (
+    combine,
+    convert,
+    extract,
+    inspect,
+    lint,
+    merge,
+    resize,
+    restore,
+    run_options,
+    subtract,
+    switch,
+    verify,
+)
 from surgery.errors import (
     FormatError,
     InputError,
@@ -42,6 +55,7 @@ __all__ = [
     "lint",
     "merge",
     "resize",
+    "restore",
     "run_options",
     "subtract",
     "switch",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from surgery.ops.inspection import AdapterReport, CheckpointReport
     from surgery.ops.lint import LintReport
     from surgery.ops.verify import CompareReport, VerifyReport
-    from surgery.reports import CombineReport, ConvertReport, ExtractReport, MergeReport
+    from surgery.reports import CombineReport, ConvertReport, ExtractReport, MergeReport, RestoreReport
 
     CheckpointLike = str | os.PathLike[str] | Checkpoint
     AdapterLike = str | os.PathLike[str] | tuple[str | os.PathLike[str], float] | Adapter
@@ -75,6 +75,16 @@ def extract(
 
     run, options = _split({"device": "auto", **keywords})
     return run_extract(resolve_checkpoint(base), resolve_checkpoint(tuned), output, ExtractOptions(**options), run)
+
+
+def restore(
+    base: CheckpointLike, adapter: AdapterLike, *, output: str | os.PathLike[str], **keywords: Any
+) -> RestoreReport:
+    """Write the fine-tune that `adapter` was extracted from, with `exact=True`, to the folder `output`, bit for bit."""
+    from surgery.hub.resolve import resolve_adapter, resolve_checkpoint
+    from surgery.ops.restore import restore as run_restore
+
+    return run_restore(resolve_checkpoint(base), resolve_adapter(adapter), output, run_options(**keywords))
 
 
 def merge(base: CheckpointLike, *adapters: AdapterLike, output: str | os.PathLike[str], **keywords: Any) -> MergeReport:

@@ -10,7 +10,7 @@ import contextlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -270,18 +270,25 @@ class StepIO:
         return self._cache.get(tensor, self.read)
 
     def chunks(
-        self, *tensors: StoredTensor, block: int | None = None, whole: bool = False
+        self,
+        *tensors: StoredTensor,
+        block: int | None = None,
+        whole: bool = False,
+        ranges: Iterable[tuple[int, int]] | None = None,
     ) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
         """Go through tensors of equal shape together, some rows at a time.
 
         Yields the row range and a matrix (end - begin, columns) of each tensor, in its own dtype; the matrices are
-        overwritten by the next round. With `whole`, everything comes in one round.
+        overwritten by the next round. With `whole`, everything comes in one round; `ranges` are the rows of each round,
+        all of them in order.
         """
         import torch
 
         rows, columns = tensors[0].rows, tensors[0].columns
         hashers = [new_hash() if self._wants_hash(tensor) else None for tensor in tensors]
-        for begin, end in [(0, rows)] if whole or rows * columns == 0 else tiles(rows, columns, block):
+        if ranges is None:
+            ranges = [(0, rows)] if whole or rows * columns == 0 else tiles(rows, columns, block)
+        for begin, end in ranges:
             found = []
             for number, (tensor, hasher) in enumerate(zip(tensors, hashers, strict=True)):
                 width = tensor.dtype.bits // 8 * columns
@@ -326,6 +333,13 @@ class StepIO:
                 digest = hash_tensor(source, self._advance)
                 self._learn(source, digest)
             self._outputs[output.name] = digest
+
+    def hash(self, tensor: StoredTensor) -> str:
+        """The hash of a stored tensor, read for nothing else."""
+        if (digest := self._hashes.get(tensor)) is None:
+            digest = hash_tensor(tensor, self._advance)
+            self._learn(tensor, digest)
+        return digest
 
     def _wants_hash(self, tensor: StoredTensor) -> bool:
         return self._hashes.enabled and not tensor.is_slice and self._hashes.get(tensor) is None

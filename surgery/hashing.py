@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from surgery.checkpoint import StoredTensor
 from surgery.dtypes import DType
+from surgery.source import Source
 
 if TYPE_CHECKING:
     from blake3 import blake3
@@ -54,6 +55,17 @@ def hash_as(tensor: StoredTensor, dtype: DType) -> str:
         tensor.source.read_into(tensor.offset + tensor.dtype.nbytes((begin,)), memoryview(raw))
         values = torch.frombuffer(raw, dtype=torch.uint8).view(tensor.dtype.to_torch).to(dtype.to_torch)
         hasher.update(values.view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
+
+
+def hash_source(source: Source) -> str:
+    """The hash of a whole file."""
+    hasher = new_hash()
+    buffer = memoryview(bytearray(min(_CHUNK, source.size)))
+    for begin in range(0, source.size, _CHUNK):
+        view = buffer[: min(_CHUNK, source.size - begin)]
+        source.read_into(begin, view)
+        hasher.update(view)
     return hasher.hexdigest()
 
 

@@ -89,6 +89,17 @@ class Run:
             self._digests |= execution.outputs
         return execution
 
+    def execute_part(self, plan: Plan, label: str) -> Execution:
+        """Run a plan whose tensors are not recorded as outputs: what lies in a folder of its own, or only looks."""
+        execution = execute(plan, self.staging, self.options.settings, self.hashes, label)
+        self.resumed += execution.resumed
+        self._computed = self._computed or plan.computes
+        return execution
+
+    def finish_bare(self) -> None:
+        """Rename the output to its target without a `surgery.json`: it is to hold nothing of ours."""
+        self.staging.commit(self.options.overwrite)
+
     def finish(self, operation: str, options: object, inputs: Sequence[Input], report: Mapping[str, object]) -> None:
         """Write `surgery.json` and rename the output to its target."""
         weights = [file.name for layout in self._layouts for file in layout.files]

@@ -73,10 +73,50 @@ class ResidualReport:
 
 
 @dataclass(frozen=True)
+class ExactTensor:
+    """How an exact extraction keeps one tensor of the fine-tune.
+
+    Attributes:
+        how: `same` (as the base, or as the adapter has it), `coded`, or `literal`.
+        nbytes: of its code; 0 where it is the same.
+        tuned_bytes: of the tensor itself.
+    """
+
+    name: str
+    how: str
+    nbytes: int
+    tuned_bytes: int
+
+
+@dataclass(frozen=True)
+class ExactReport:
+    """What it takes to give the fine-tune back.
+
+    Attributes:
+        adapter_bytes: of the adapter's files.
+        residual_bytes: of the codes.
+        record_bytes: of all of `exact/`: codes, hashes, headers and other files.
+        tuned_bytes: of the fine-tune's files.
+        ratio: (adapter_bytes + record_bytes) / tuned_bytes.
+        tensors: every tensor of the fine-tune.
+        notes: sentences about what is not on record.
+    """
+
+    adapter_bytes: int
+    residual_bytes: int
+    record_bytes: int
+    tuned_bytes: int
+    ratio: float
+    tensors: tuple[ExactTensor, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ExtractReport(Report):
     """What `extract` found and wrote. `change`, `energy_kept` and `error` are over all factored modules together.
 
-    `unchanged` counts targeted modules that are equal in both checkpoints and so have no factors.
+    `unchanged` counts targeted modules that are equal in both checkpoints and so have no factors. `exact` is what an
+    exact extraction keeps beside the adapter; `estimated_record_bytes` what a dry run expects of it at most.
     """
 
     modules: tuple[ModuleReport, ...] = ()
@@ -88,6 +128,27 @@ class ExtractReport(Report):
     energy_kept: float = 0.0
     error: float = 0.0
     notes: tuple[str, ...] = ()
+    exact: ExactReport | None = None
+    estimated_record_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class RestoreReport(Report):
+    """What `restore` wrote, every tensor and file of it proved by its hash.
+
+    Attributes:
+        tuned: what the fine-tune was called.
+        tensors: how many it has.
+        same: how many of them are the base's or the adapter's as they are.
+        files: how many files it has.
+        nbytes: of all of them.
+    """
+
+    tuned: str = ""
+    tensors: int = 0
+    same: int = 0
+    files: int = 0
+    nbytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def test_every_dependency_has_a_line() -> None:
     page = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
     sections = re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
     described = {
-        title: re.findall(r"^\| `([\w-]+)` \| \S.+ \| \S.+ \|$", text, re.MULTILINE) for title, text in sections
+        title: re.findall(r"^\| `([\w.-]+)` \| \S.+ \| \S.+ \|$", text, re.MULTILINE) for title, text in sections
     }
     wanted = {title: [re.split(r"[\[<>=~! ]", name)[0] for name in names] for title, names in declared.items()}
     assert {title: sorted(names) for title, names in described.items()} == {

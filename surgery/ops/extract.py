@@ -20,6 +20,8 @@ from surgery.dtypes import BY_NAME
 from surgery.errors import MismatchError, OptionError, several
 from surgery.layout import TensorSpec, single_file
 from surgery.operation import PlanSummary, Run, RunOptions, check_paths, config_bytes, staged, summarise
+from surgery.ops import best_rank
+from surgery.ops.exact_extract import add_exact, check_exact, estimate_exact
 from surgery.ops.factor import CompareStep, FactorStep, SpectrumStep, SvdOptions
 from surgery.ops.ranks import Spectrum, by_budget, by_energy, incomplete
 from surgery.pairing import Pairing, SitePair, TensorPair, pair, refuse_quantised, tied_embedding
@@ -31,6 +33,7 @@ from surgery.sites import Kind, Site, find_sites, select
 from surgery.source import Source, read_bytes
 
 DEFAULT_RANK = 16
+BEST = "best"
 # Values of each spectrum that are read before ranks are chosen by energy or budget; doubled where they do not suffice.
 _SPECTRUM_START = 64
 # A base and its fine-tune point the same way; the weights of unrelated models are as good as orthogonal.
@@ -43,7 +46,8 @@ class ExtractOptions:
     """What to extract.
 
     Attributes:
-        rank: the same for every module (a smaller matrix gets its full rank); 16 if nothing else is given.
+        rank: the same for every module (a smaller matrix gets its full rank); 16 if nothing else is given. `best`, with
+            `exact`, is for each module the rank that makes adapter and record smallest together.
         energy: instead, for each module the least rank that keeps this share of ||dW||^2, in (0, 1].
         budget: instead, this many parameters in all, shared over modules so that the total error is least.
         max_rank: bound on the ranks that `energy` and `budget` choose.
@@ -56,9 +60,10 @@ class ExtractOptions:
         any_base: extract even if the two do not look like a base and its fine-tune.
         base_name: what the adapter should call its base; by default the base's Hub id or folder name.
         seed: of the randomised SVD.
+        exact: write the record, too, from which `restore` gives TUNED back.
     """
 
-    rank: int | None = None
+    rank: int | str | None = None
     energy: float | None = None
     budget: int | None = None
     max_rank: int | None = None
@@ -71,6 +76,7 @@ class ExtractOptions:
     any_base: bool = False
     base_name: str | None = None
     seed: int = 0
+    exact: bool = False
 
     def __post_init__(self) -> None:
         given = [name for name in ("rank", "energy", "budget") if getattr(self, name) is not None]
@@ -80,7 +86,12 @@ class ExtractOptions:
             )
         for name in ("rank", "budget", "max_rank"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if name == "rank" and isinstance(value, str):
+                if value != BEST:
+                    raise OptionError(f"--rank is {value!r}, expected a number or 'best'.")
+                if not self.exact:
+                    raise OptionError("--rank best weighs the adapter against the exact record; it wants --exact.")
+            elif value is not None and value < 1:
                 raise OptionError(f"--{name.replace('_', '-')} is {value}, expected at least 1.")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise OptionError(f"--energy is {self.energy}, expected a share above 0 and at most 1.")
@@ -97,7 +108,9 @@ class ExtractOptions:
     @property
     def fixed_rank(self) -> int | None:
         """The rank of every module, or None where the data decide."""
-        return None if self.energy is not None or self.budget is not None else self.rank or DEFAULT_RANK
+        if self.energy is not None or self.budget is not None or isinstance(self.rank, str):
+            return None
+        return self.rank or DEFAULT_RANK
 
 
 @dataclass(frozen=True)
@@ -130,18 +143,26 @@ def extract(
     inputs = (Input("base", base), Input("tuned", tuned))
     output = Path(output)
     check_paths(output, inputs, run_options.overwrite)
+    if options.exact:
+        check_exact(tuned)
+        if not run_options.settings.hash:
+            raise OptionError("--exact proves what it restores by hashes; leave out --no-hash.")
     work = _prepare(*_with_config(base, tuned), options)
     if not options.any_base:
         _check_related(work)
     first = _factor_plan(work, dict.fromkeys(work.factored, options.fixed_rank or DEFAULT_RANK))
     summary = summarise([first], output, run_options.settings)
     if run_options.dry_run:
-        return ExtractReport(str(output), summary, notes=work.notes, dry_run=True)
+        expected = estimate_exact(base, tuned) if options.exact else None
+        return ExtractReport(str(output), summary, notes=work.notes, dry_run=True, estimated_record_bytes=expected)
     with staged(output, first, ("extract", options), run_options) as run:
         ranks = _choose_ranks(work, run)
         found = run.execute(_factor_plan(work, ranks), "factoring").reports()
         report, plan = _assemble(work, ranks, found, run, summary, output)
         run.execute(plan, "writing")
+        if options.exact:
+            report = replace(report, exact=add_exact(run, base, tuned))
+            report = replace(report, resumed=run.resumed)
         run.finish("extract", options, inputs, report.numbers())
         return report
 
@@ -172,17 +193,20 @@ def _prepare(base: Checkpoint, tuned: Checkpoint, options: ExtractOptions) -> _W
         for item in unmatched
         if paired.sites
     ]
+    grown: list[str] = []
     for other in [one for one in compared.values() if not one.same_shape]:
         del compared[other.name]
         if _has_grown(other) and options.save_residual:
             whole[other.name] = (other.right, "another number of rows")
+        elif options.exact and len(other.left.shape) > 1 and other.left.shape[1:] == other.right.shape[1:]:
+            grown.append(f"{other.name!r} has another number of rows in TUNED, which only the exact record holds.")
         else:
             problems.append(_shape_problem(other))
     one_sided, notes = _one_sided(paired, options)
     problems += one_sided
     if problems:
         raise MismatchError(several(f"the pair {base.label} and {tuned.label}", problems), problems)
-    return _Work(base, tuned, options, factored, compared, whole, notes)
+    return _Work(base, tuned, options, factored, compared, whole, (*notes, *grown))
 
 
 def _is_arithmetic(found: SitePair) -> bool:
@@ -223,7 +247,7 @@ def _one_sided(paired: Pairing, options: ExtractOptions) -> tuple[list[str], tup
     """Sentences about tensors found in one checkpoint only: those that refuse the pair, and those that may pass."""
     base_only = [f"Tensor {name!r} is in BASE and not in TUNED" for name in paired.left_only]
     tuned_only = [f"Tensor {name!r} is in TUNED and not in BASE" for name in paired.right_only]
-    if options.allow_missing:
+    if options.allow_missing or options.exact:
         return [], tuple(f"{text}." for text in (*base_only, *tuned_only))
     problems = [f"{text}; pass --allow-missing to extract the rest." for text in base_only]
     if not options.save_residual:
@@ -238,7 +262,7 @@ def _factor_plan(work: _Work, ranks: Mapping[str, int]) -> Plan:
     steps: list[Step] = []
     spare = sum(tensor.nbytes for tensor, _ in work.whole.values()) if work.options.save_residual else 0
     for name, found in work.factored.items():
-        if name in ranks:
+        if ranks.get(name):
             site = found.right
             rank = min(ranks[name], site.out_features, site.in_features)
             steps.append(FactorStep(found, work.options.svd, rank, alpha / rank))
@@ -285,6 +309,8 @@ def _choose_ranks(work: _Work, run: Run) -> dict[str, int]:
     options = work.options
     if options.fixed_rank is not None:
         return dict.fromkeys(work.factored, options.fixed_rank)
+    if options.rank == BEST:
+        return _choose_best(work, run)
     spectra: dict[str, Spectrum] = {}
     ranks: dict[str, int] = {}
     wanted = dict.fromkeys(work.factored, _SPECTRUM_START)
@@ -309,6 +335,21 @@ def _choose_ranks(work: _Work, run: Run) -> dict[str, int]:
     return ranks
 
 
+def _choose_best(work: _Work, run: Run) -> dict[str, int]:
+    """The rank of every site that changed; 0 where the record alone is smaller than with any factors."""
+    found: dict[str, Mapping[str, object]] = {}
+    counts = dict.fromkeys(work.factored, best_rank.START)
+    wanted = list(work.factored)
+    ranks: dict[str, int] = {}
+    while wanted:
+        steps = {name: best_rank.RankStep(work.factored[name], work.options.svd, counts[name]) for name in wanted}
+        reports = run.execute(Plan(tuple(steps.values())), "weighing ranks").reports()
+        found |= {name: reports[step.name] for name, step in steps.items()}
+        ranks, wanted = best_rank.choose(work.factored, work.options.svd, found, counts)
+        counts |= {name: 4 * counts[name] for name in wanted}
+    return ranks
+
+
 # Assembly -------------------------------------------------------------------------------------------------------------
 
 
@@ -324,7 +365,7 @@ def _assemble(
     alpha = max(ranks.values(), default=1)
     sites: dict[str, Site] = {}
     modules: list[ModuleReport] = []
-    for name in ranks:
+    for name in (name for name, rank in ranks.items() if rank):
         if found[f"factor {name}"]["energy"]:
             sites[name] = work.factored[name].right
             modules.append(_module_report(sites[name], found[f"factor {name}"]))
@@ -338,16 +379,20 @@ def _assemble(
         steps += [_copy(key, parts[part]) for key, part in zip(keys, "AB", strict=True)]
     steps += [_copy(f"base_model.model.{key}", tensor) for key, tensor in residual.tensors.items()]
     layout = single_file("adapter_model.safetensors", [step.output for step in steps])
+    passed_over = sum(rank == 0 for rank in ranks.values())
+    notes = work.notes
+    if passed_over:
+        notes += (f"{passed_over} modules changed and have no factors: the exact record alone is smaller.",)
     totals = _Totals.of([found[f"factor {name}"] for name in sites])
     report = ExtractReport(
         output=str(output),
         plan=summary,
         modules=tuple(modules),
         residual=_residual_reports(work, changed, residual),
-        unchanged=len(work.factored) - len(sites),
+        unchanged=len(work.factored) - len(sites) - passed_over,
         parameters=sum(math.prod(step.output.shape) for step in steps),
         nbytes=layout.nbytes,
-        notes=work.notes,
+        notes=notes,
         change=totals.change,
         energy_kept=totals.energy_kept,
         error=totals.error,

@@ -11,6 +11,7 @@ from surgery.checkpoint import Checkpoint, StoredTensor
 from surgery.families import PARTS, part_of
 from surgery.names import expert_of, layer_of, natural_key
 from surgery.ops.directory import head_tied_to
+from surgery.ops.exact_record import exact_bytes
 from surgery.ops.record import has_record
 from surgery.provenance import read_provenance
 from surgery.sites import find_sites, memory_names, vocabulary_of
@@ -103,6 +104,7 @@ class AdapterReport:
         variants: what is particular: `rsLoRA`, `DoRA`, `lora_bias`, `embeddings`, `target_parameters`, `rank_pattern`,
             `alpha_pattern`.
         saved: parameters stored whole.
+        exact_bytes: size of the record by which `restore` gives the fine-tune back, or None where there is none.
     """
 
     label: str
@@ -118,6 +120,7 @@ class AdapterReport:
     dtypes: Mapping[str, Share]
     origin: Origin | None
     tensors: tuple[TensorSummary, ...] = ()
+    exact_bytes: int | None = None
     kind: str = field(default="adapter", kw_only=True)
 
     def as_dict(self) -> dict[str, object]:
@@ -191,6 +194,7 @@ def inspect_adapter(adapter: Adapter, tensors: bool = False) -> AdapterReport:
         dtypes={name: Share.of(held) for name, held in sorted(dtypes.items())},
         origin=_origin(files),
         tensors=_tensors(files) if tensors else (),
+        exact_bytes=exact_bytes(adapter),
     )
 
 

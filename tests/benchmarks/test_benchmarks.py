@@ -56,6 +56,29 @@ EXPECTED: dict[str, tuple[list[str], list[str]]] = {
             for change in ("0.35", "1.4", "5.5", "23")
         ],
     ),
+    "exact-sizes": (
+        [],
+        [
+            figure
+            for suffix in ("", "-float32")
+            for tuning in ("light", "medium", "heavy")
+            for figure in (
+                f"against XOR and zstd: {tuning}{suffix}, width 128",
+                f"against zstd alone: {tuning}{suffix}, width 128",
+                f"against the best rank of six: {tuning}{suffix}, width 128",
+            )
+        ],
+    ),
+    "exact-speed": (
+        ["surgery extract --exact", "surgery restore --threads 1"],
+        [
+            "against XOR and zstd: synthetic pair, rank 16",
+            "against zstd alone: synthetic pair, rank 16",
+            "restored on one core, after imports",
+            "restored, whole process",
+            "tensors restored to their bits",
+        ],
+    ),
     "memory": (
         [f"{name}, {layers} layers" for name in MERGES for layers in (1, 5)],
         [f"peak memory, 4x against 1x, {name}" for name in MERGES],
