@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from surgery.adapter import Adapter, open_adapter, read_adapter
 from surgery.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
 from surgery.errors import InputError
+from surgery.folder import Folder
 from surgery.source import kind_of
 
 _ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
@@ -21,12 +23,8 @@ def resolve_checkpoint(reference: Reference | Checkpoint) -> Checkpoint:
     """Open a checkpoint by path or id. A path that exists comes before an id of the same spelling."""
     if isinstance(reference, Checkpoint):
         return reference
-    match = _hub_id(reference)
-    if match is None:
-        return open_checkpoint(reference)
-    from surgery.hub.remote import open_folder
-
-    return read_checkpoint(open_folder(match["repository"], match["revision"]))
+    folder = _folder_of_id(reference)
+    return open_checkpoint(reference) if folder is None else read_checkpoint(folder)
 
 
 def resolve_adapter(reference: Reference | tuple[Reference, float] | Adapter) -> Adapter:
@@ -34,34 +32,32 @@ def resolve_adapter(reference: Reference | tuple[Reference, float] | Adapter) ->
     if isinstance(reference, Adapter):
         return reference
     name, weight = reference if isinstance(reference, tuple) else split_weight(reference)
-    match = _hub_id(name)
-    if match is None:
-        return open_adapter(name, weight)
-    from surgery.hub.remote import open_folder
-
-    return read_adapter(open_folder(match["repository"], match["revision"]), weight)
+    folder = _folder_of_id(name)
+    return open_adapter(name, weight) if folder is None else read_adapter(folder, weight)
 
 
 def resolve(reference: Reference | Checkpoint | Adapter) -> Checkpoint | Adapter:
     """Open whichever of the two a path or id means."""
     if isinstance(reference, Checkpoint | Adapter):
         return reference
+    folder = _folder_of_id(reference)
+    if folder is not None:
+        return read_adapter(folder) if _holds_adapter(folder.names()) else read_checkpoint(folder)
     return resolve_adapter(reference) if is_adapter(reference) else resolve_checkpoint(reference)
 
 
 def is_adapter(reference: Reference) -> bool:
     """Whether a path or id means an adapter: a folder with `adapter_config.json` and without a checkpoint's weights."""
-    match = _hub_id(reference)
-    if match is not None:
-        from surgery.hub.remote import open_folder
-
-        names = set(open_folder(match["repository"], match["revision"]).names())
-    elif kind_of(Path(reference)) == "folder":
-        names = {path.name for path in Path(reference).iterdir()}
-    else:
+    if (folder := _folder_of_id(reference)) is not None:
+        return _holds_adapter(folder.names())
+    if kind_of(Path(reference)) != "folder":
         return False
+    return _holds_adapter([path.name for path in Path(reference).iterdir()])
+
+
+def _holds_adapter(names: Sequence[str]) -> bool:
     whole = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"}
-    return "adapter_config.json" in names and not names & whole
+    return "adapter_config.json" in names and not set(names) & whole
 
 
 def split_weight(reference: Reference) -> tuple[Reference, float]:
@@ -72,11 +68,16 @@ def split_weight(reference: Reference) -> tuple[Reference, float]:
     return (match["reference"], float(match["weight"])) if match else (reference, 1.0)
 
 
-def _hub_id(reference: Reference) -> re.Match[str] | None:
-    """The parts of a Hub id, or None for a path: one that exists, or that no id could be."""
+def _folder_of_id(reference: Reference) -> Folder | None:
+    """The repository that an id means, or None for a path: one that exists, or that no id could be."""
     text = os.fspath(reference)
     if not text:
         raise InputError("An empty path was given.")
     if kind_of(Path(text)) or text.startswith((".", "/", "~")):
         return None
-    return _ID.fullmatch(text)
+    match = _ID.fullmatch(text)
+    if match is None:
+        return None
+    from surgery.hub.remote import open_folder
+
+    return open_folder(match["repository"], match["revision"])
