@@ -26,6 +26,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "subtract": ("surgery.cli.adapters:subtract", "Take adapters out of a merged checkpoint."),
     "switch": ("surgery.cli.adapters:switch", "Take one adapter out of a merged checkpoint and put another in."),
     "verify": ("surgery.cli.look:verify", "Check an output against its provenance, or compare two checkpoints."),
+    "push": ("surgery.cli.hub:push", "Check a model or an adapter and commit it to a registry."),
+    "pull": ("surgery.cli.hub:pull", "Fetch a model or an adapter from a registry into a folder."),
+    "hub": ("surgery.cli.hub:hub", "Look into a registry and keep it in order."),
     "completion": ("surgery.cli.completion:completion", "Print a script that completes this command in a shell."),
 }
 

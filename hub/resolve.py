@@ -1,4 +1,4 @@
-"""What a user calls a checkpoint or an adapter: a path, or an id `name/repo[@revision]` on a Hub."""
+"""What a user calls a checkpoint or an adapter: a path, or an id `name/repo[@revision]` in a registry or on a Hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from surgery.errors import InputError
 from surgery.folder import Folder
 from surgery.source import kind_of
 
-_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+_ID = re.compile(r"(?P<repository>(?:[\w-][\w.-]*/)?[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _WEIGHTED = re.compile(r"(?P<reference>.+)=(?P<weight>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)")
 
 Reference = str | os.PathLike[str]
@@ -69,7 +69,10 @@ def split_weight(reference: Reference) -> tuple[Reference, float]:
 
 
 def _folder_of_id(reference: Reference) -> Folder | None:
-    """The repository that an id means, or None for a path: one that exists, or that no id could be."""
+    """The repository that an id means, or None for a path: one that exists, or that no id could be.
+
+    The local registry comes first, and the Hub after it. A name without a namespace can only be in the former.
+    """
     text = os.fspath(reference)
     if not text:
         raise InputError("An empty path was given.")
@@ -78,6 +81,23 @@ def _folder_of_id(reference: Reference) -> Folder | None:
     match = _ID.fullmatch(text)
     if match is None:
         return None
+    if (folder := _local(match["repository"], match["revision"], text)) is not None:
+        return folder
+    if "/" not in match["repository"]:
+        return None
     from surgery.hub.remote import open_folder
 
     return open_folder(match["repository"], match["revision"])
+
+
+def _local(repository: str, revision: str | None, label: str) -> Folder | None:
+    """A repository of the local registry, read in place."""
+    from surgery.hub.naming import parse_repository, why_not_a_repository
+    from surgery.hub.store import existing_registry
+
+    if why_not_a_repository(repository) is not None or (registry := existing_registry()) is None:
+        return None
+    name = parse_repository(repository)
+    if registry.metadata.find(name) is None:
+        return None
+    return registry.folder(registry.find(name, revision), label)

@@ -8,7 +8,7 @@
 Importing this imports neither torch nor numpy.
 """
 
-from surgery.api import extract, inspect, merge, run_options, subtract, switch, verify
+from surgery.api import extract, inspect, merge, pull, push, run_options, subtract, switch, verify
 from surgery.errors import (
     FormatError,
     InputError,
@@ -38,6 +38,8 @@ __all__ = [
     "extract",
     "inspect",
     "merge",
+    "pull",
+    "push",
     "run_options",
     "subtract",
     "switch",

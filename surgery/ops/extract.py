@@ -21,6 +21,7 @@ from surgery.errors import MismatchError, OptionError, several
 from surgery.layout import TensorSpec, single_file
 from surgery.operation import PlanSummary, Run, RunOptions, check_paths, config_bytes, staged, summarise
 from surgery.ops.factor import CompareStep, FactorStep, SpectrumStep, SvdOptions
+from surgery.ops.kinship import note_other_base
 from surgery.ops.ranks import Spectrum, by_budget, by_energy, incomplete
 from surgery.pairing import Pairing, SitePair, TensorPair, pair, refuse_quantised, tied_embedding
 from surgery.peft_format import Residual, adapter_config, carry_residual, factor_keys
@@ -175,6 +176,7 @@ def _prepare(base: Checkpoint, tuned: Checkpoint, options: ExtractOptions) -> _W
     problems += one_sided
     if problems:
         raise MismatchError(several(f"the pair {base.label} and {tuned.label}", problems), problems)
+    notes = (*notes, *note_other_base(base, tuned))
     return _Work(base, tuned, options, factored, compared, whole, notes)
 
 
