@@ -208,7 +208,7 @@ def delete(name: str, yes: bool, endpoint: str | None, as_json: bool, quiet: boo
     epilog="""\b
 Examples:
   surgery hub login
-  surgery hub login --endpoint https://hub.example.org < token.txt"""
+  surgery hub login --endpoint https://hub.example.org"""
 )
 @click.option("--token", envvar="HF_TOKEN", help="The token; asked for, or read from stdin, by default.")
 @click.option("--endpoint", metavar="URL|hf", help="A Hub's address, or `hf`.  [default: HF_ENDPOINT, else hf]")

@@ -117,15 +117,16 @@ def list_repositories(endpoint: Endpoint | None, search: str | None = None, root
     chosen = endpoint or configured() or Endpoint(None)
     if chosen.url is not None:
         return _list_remote(chosen.url, search)
-    store = existing_registry(root)
-    found = []
-    for repository in store.metadata.repositories() if store is not None else ():
-        assert store is not None
-        if search and search.lower() not in repository.name.key:
-            continue
-        head = store.head(repository.name, MAIN)
-        found.append(_listed(str(repository.name), head, repository.updated))
-    return ListReport("local", str(root or registry_path()), tuple(found))
+    place = str(root or registry_path())
+    if (store := existing_registry(root)) is None:
+        return ListReport("local", place, ())
+    with store:
+        found = [
+            _listed(str(repository.name), store.head(repository.name, MAIN), repository.updated)
+            for repository in store.metadata.repositories()
+            if not search or search.lower() in repository.name.key
+        ]
+    return ListReport("local", place, tuple(found))
 
 
 def _listed(name: str, head: Revision | None, updated: int) -> ListedRepository:
@@ -147,9 +148,10 @@ def info(target: str, endpoint: Endpoint | None, root: Path | None = None) -> In
     """Describe `NAME[@revision]`: in the local registry first, then at the configured endpoint."""
     name, revision = parse_target(target)
     if endpoint is None or endpoint.url is None:
-        store = existing_registry(root)
-        if store is not None and store.metadata.find(name) is not None:
-            return _info_local(store, store.find(name, revision))
+        if (store := existing_registry(root)) is not None:
+            with store:
+                if store.metadata.find(name) is not None:
+                    return _info_local(store, store.find(name, revision))
         if endpoint is not None:
             raise InputError(
                 f"There is no model called {name} in the local registry; `surgery hub list` shows what is."
@@ -195,11 +197,11 @@ def delete(target: str, endpoint: Endpoint, root: Path | None = None) -> DeleteR
     name = parse_repository(target)
     if endpoint.url is not None:
         return _delete_remote(str(name), endpoint.url)
-    store = existing_registry(root, writable=True)
-    found = store.metadata.find(name) if store is not None else None
-    if store is None or found is None:
-        raise InputError(f"There is no model called {name} in the local registry; `surgery hub list` shows what is.")
-    return DeleteReport(str(found.name), "local", store.delete(name))
+    if (store := existing_registry(root, writable=True)) is not None:
+        with store:
+            if (found := store.metadata.find(name)) is not None:
+                return DeleteReport(str(found.name), "local", store.delete(name))
+    raise InputError(f"There is no model called {name} in the local registry; `surgery hub list` shows what is.")
 
 
 # A Hub ----------------------------------------------------------------------------------------------------------------

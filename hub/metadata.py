@@ -100,6 +100,10 @@ class SqliteMetadata:
     def close(self) -> None:
         self._db.close()
 
+    def __del__(self) -> None:
+        if (db := getattr(self, "_db", None)) is not None:
+            db.close()
+
     def _version(self) -> int:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         return int(version)

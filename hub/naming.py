@@ -16,7 +16,7 @@ from surgery.errors import InputError, OptionError
 
 MAIN = "main"
 _PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
-_MAX_ID = 96
+_MAX_PART = 96
 _MAX_REVISION = 255
 _MAX_PATH = 1024
 _MAX_COMPONENT = 255
@@ -51,8 +51,8 @@ def why_not_a_repository(text: str) -> str | None:
         return "may not hold '--' or '..'"
     if text.lower().endswith((".git", ".ipynb")):
         return "may not end in .git or .ipynb"
-    if len(text) > _MAX_ID:
-        return f"has {len(text)} characters, more than the {_MAX_ID} allowed"
+    if any(len(part) > _MAX_PART for part in parts):
+        return f"has a part of more than {_MAX_PART} characters"
     return None
 
 
@@ -76,6 +76,13 @@ def why_not_a_revision(text: str) -> str | None:
     if ".." in text or "@{" in text or text in ("@", "HEAD"):
         return "means something else to git"
     return None
+
+
+def check_branch(name: str) -> None:
+    """Raise `OptionError` for what may be a revision and may not be the name of a branch."""
+    reason = "looks like the id of a commit" if COMMIT_ID.fullmatch(name) else why_not_a_revision(name)
+    if reason is not None:
+        raise OptionError(f"{name!r} is not a name for a branch: it {reason}.")
 
 
 def parse_target(text: str) -> tuple[RepositoryName, str | None]:

@@ -160,18 +160,8 @@ def find_remote(
 ) -> Remote:
     """Where a repository is: in the local registry, else at the configured endpoint; or only where `endpoint` says."""
     if endpoint is None or endpoint.url is None:
-        store = existing_registry(registry)
-        if store is not None and store.metadata.find(name) is not None:
-            found = store.find(name, revision)
-            paths = {entry.sha256: store.content.path(entry.sha256) for entry in found.files}
-            lost = [entry.path for entry in found.files if (p := paths[entry.sha256]) is None or not p.is_file()]
-            if lost:
-                raise IntegrityError(
-                    f"The registry at {store.root} has lost the content of {lost[0]} of {found.repository.name}; push "
-                    "it again, or restore it from a backup."
-                )
-            kept = {sha256: path for sha256, path in paths.items() if path is not None}
-            return _Local(str(found.repository.name), found.commit.id, found.files, kept)
+        if (local := _find_local(name, revision, registry)) is not None:
+            return local
         if endpoint == LOCAL:
             raise InputError(
                 f"There is no model called {name} in the local registry; `surgery hub list` shows what is."
@@ -182,6 +172,25 @@ def find_remote(
     chosen = endpoint or configured() or Endpoint(HUGGING_FACE)
     assert chosen.url is not None
     return HubCommit.find(str(name), revision, chosen.url)
+
+
+def _find_local(name: RepositoryName, revision: str | None, registry: Path | None) -> _Local | None:
+    store = existing_registry(registry)
+    if store is None:
+        return None
+    with store:
+        if store.metadata.find(name) is None:
+            return None
+        found = store.find(name, revision)
+    paths = {entry.sha256: store.content.path(entry.sha256) for entry in found.files}
+    kept = {sha256: path for sha256, path in paths.items() if path is not None and path.is_file()}
+    lost = [entry.path for entry in found.files if entry.sha256 not in kept]
+    if lost:
+        raise IntegrityError(
+            f"The registry at {store.root} has lost the content of {lost[0]} of {found.repository.name}; push it "
+            "again, or restore it from a backup."
+        )
+    return _Local(str(found.repository.name), found.commit.id, found.files, kept)
 
 
 def _fetch_all(remote: Remote, staging: Staging, progress: Progress, nbytes: int) -> int:

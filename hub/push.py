@@ -22,7 +22,7 @@ from surgery.hub.content import LocalContent, LocalIncoming
 from surgery.hub.endpoint import Endpoint
 from surgery.hub.examining import Examined, examine
 from surgery.hub.interfaces import Commit, ConflictError, ContentMissingError, FileEntry
-from surgery.hub.naming import MAIN, check_paths, parse_target
+from surgery.hub.naming import MAIN, check_branch, check_paths, parse_target
 from surgery.hub.scanning import TensorScan
 from surgery.hub.store import Registry, Revision, open_registry, registry_path
 from surgery.hub.transfer import Sink, git_blob, lfs_pointer_oid, pump
@@ -128,21 +128,23 @@ def push(
 ) -> PushReport:
     """Push a folder to `NAME[@branch]`, in the local registry or on a Hub."""
     name, branch = parse_target(target)
+    branch = branch or MAIN
+    check_branch(branch)
     place = LocalFolder(folder)
     if endpoint.url is not None:
         from surgery.hub.remote_push import push_remote
 
-        return push_remote(place, name, branch or MAIN, endpoint.url, options)
+        return push_remote(place, name, branch, endpoint.url, options)
     if options.dry_run and not (registry or registry_path()).exists():
-        return _report(pack(place, str(name), None), str(name), branch or MAIN, None, {}, options)
-    store = open_registry(registry)
-    head = store.head(name, branch or MAIN)
-    known = store.metadata.find(name)
-    shown = str(known.name if known else name)
-    parcel = pack(place, shown, _card_of(store, head))
-    if options.dry_run:
-        return _report(parcel, shown, branch or MAIN, head, scan(parcel, options), options)
-    return _push_local(store, parcel, shown, branch or MAIN, options)
+        return _report(pack(place, str(name), None), str(name), branch, None, {}, options)
+    with open_registry(registry) as store:
+        head = store.head(name, branch)
+        known = store.metadata.find(name)
+        shown = str(known.name if known else name)
+        parcel = pack(place, shown, _card_of(store, head))
+        if options.dry_run:
+            return _report(parcel, shown, branch, head, scan(parcel, options), options)
+        return _push_local(store, parcel, shown, branch, options)
 
 
 # Checking -------------------------------------------------------------------------------------------------------------

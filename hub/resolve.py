@@ -98,6 +98,7 @@ def _local(repository: str, revision: str | None, label: str) -> Folder | None:
     if why_not_a_repository(repository) is not None or (registry := existing_registry()) is None:
         return None
     name = parse_repository(repository)
-    if registry.metadata.find(name) is None:
-        return None
-    return registry.folder(registry.find(name, revision), label)
+    with registry:
+        if registry.metadata.find(name) is None:
+            return None
+        return registry.folder(registry.find(name, revision), label)

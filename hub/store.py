@@ -23,13 +23,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.errors import FormatError, InputError, OptionError, OutputError
+from surgery.errors import FormatError, InputError, OutputError
 from surgery.folder import LocalFolder
 from surgery.hashing import cache_folder
 from surgery.hub.content import LocalContent, disk, sync_folder
 from surgery.hub.interfaces import BRANCHES, TAGS, Commit, ConflictError, Content, FileEntry, Metadata, Repository
 from surgery.hub.metadata import SqliteMetadata, encode_tree
-from surgery.hub.naming import COMMIT_ID, MAIN, RepositoryName, why_not_a_revision
+from surgery.hub.naming import MAIN, RepositoryName, check_branch
 
 FORMAT = 1
 # A commit may be called by the first digits of its id, but not by fewer than these.
@@ -66,6 +66,16 @@ class Registry:
         self.root = root
         self.content = content
         self.metadata = metadata
+
+    def __enter__(self) -> Registry:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self.metadata.close()
 
     # Reading ----------------------------------------------------------------------------------------------------------
 
@@ -168,9 +178,7 @@ class Registry:
 
         A new branch of a repository that has others begins with this commit: its parent is None.
         """
-        if COMMIT_ID.fullmatch(branch) or (why := why_not_a_revision(branch)) is not None:
-            reason = "looks like the id of a commit" if COMMIT_ID.fullmatch(branch) else why
-            raise OptionError(f"{branch!r} is not a name for a branch: it {reason}.")
+        check_branch(branch)
         ordered = sorted(files)
         tree = tree_id(ordered)
         now = int(time.time())
@@ -208,7 +216,7 @@ class Registry:
         return freed
 
     def _clear_snapshots(self) -> None:
-        known = self.metadata.trees() if isinstance(self.metadata, SqliteMetadata) else ()
+        known = self.metadata.trees()
         folder = self.root / "snapshots"
         for path in folder.iterdir() if folder.is_dir() else ():
             if path.name not in known and not path.name.startswith("."):

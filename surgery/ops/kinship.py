@@ -54,9 +54,9 @@ def refuse_by_hashes(
 def note_other_base(base: Checkpoint, tuned: Checkpoint) -> tuple[str, ...]:
     """What to say of an extraction whose TUNED has another base than BASE on record. It may be meant so."""
     recorded, source = recorded_hashes(read_provenance(tuned.folder), "base")
-    names = sorted(
-        (name for name in recorded if name in base.tensors), key=lambda name: (base.tensors[name].nbytes, name)
-    )
+    # A fine-tune changes matrices; norms it may well leave as they are.
+    tensors = [base.tensors[name] for name in recorded if name in base.tensors and len(base.tensors[name].shape) > 1]
+    names = [tensor.name for tensor in sorted(tensors, key=lambda tensor: (tensor.nbytes, tensor.name))]
     hashes = HashBook()
     probed = [name for name in names[:_PROBED] if base.tensors[name].nbytes <= _PROBED_BYTES // _PROBED]
     verdict = judge(recorded, probed, lambda name: hashes.require(base.tensors[name]), source)
