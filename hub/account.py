@@ -22,9 +22,11 @@ class AccountReport:
 
 def login(token: str) -> AccountReport:
     """Check a token with the configured Hub and keep it. Raises `InputError` for one that the Hub does not know."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
     from huggingface_hub import login as hub_login
 
+    # Its log-in asks through an object that was made when the package was imported, with the endpoint of then.
+    hf_api.api.endpoint = constants.ENDPOINT
     refused: tuple[type[Exception], ...] = (ValueError, *network_errors())
     try:
         hub_login(token=token, add_to_git_credential=False)

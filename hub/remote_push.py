@@ -49,6 +49,8 @@ def push_remote(
             commit = _commit(api, full, branch, head, created, parcel.sources, files, facts, options)
     except network_errors() as error:
         raise OutputError(f"{folder.label} cannot be pushed to {name} on {endpoint}: {_reason(error)}.") from error
+    except RuntimeError as error:  # the client's word for a file that could not be uploaded
+        raise OutputError(f"{folder.label} cannot be pushed to {name} on {endpoint}: {first_line(error)}.") from error
     return PushReport(
         name=full,
         branch=branch,

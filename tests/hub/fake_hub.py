@@ -70,6 +70,8 @@ class FakeHub:
         self.objects: dict[str, bytes] = {}
         self.fault: Fault = lambda method, path: None
         self.sizes = True
+        # Content whose hashes are given out as those of other content: what a Hub that lies, or was damaged, does.
+        self.hashes: dict[bytes, bytes] = {}
         self.ranges = True
         self.token: str | None = None
         self.url = ""
@@ -146,6 +148,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(200)
         if match := re.fullmatch(r"/(?P<id>[^/]+(?:/[^/]+)?)\.git/info/lfs/objects/batch", path):
             return self.lfs_batch()
+        if match := re.fullmatch(r"/api/models/(?P<id>[^/]+/[^/]+)/refs", path):
+            return self.refs(match["id"])
         if match := re.fullmatch(r"/api/models/(?P<id>[^/]+/[^/]+|[^/]+)", path):
             return self.info(match["id"], None)
         if match := re.fullmatch(r"/api/models/(?P<id>[^/]+/[^/]+|[^/]+?)/(?P<what>\w+[\w-]*)/(?P<rest>.+)", path):
@@ -175,11 +179,18 @@ class _Handler(BaseHTTPRequestHandler):
         for path, data in repository.commits[sha].items():
             item: dict[str, object] = {"rfilename": path}
             if self.hub.sizes and parse_qs(urlsplit(self.path).query).get("blobs"):
-                item |= {"size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
+                data = self.hub.hashes.get(data, data)
+                blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+                item |= {"size": len(data), "blobId": blob}
                 if path.endswith(".safetensors"):
                     item["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
             siblings.append(item)
         return self.json({"id": name, "sha": sha, "siblings": siblings, "private": repository.private, "tags": []})
+
+    def refs(self, name: str) -> None:
+        if (repository := self.found(name)) is not None:
+            branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": c} for n, c in repository.refs.items()]
+            self.json({"branches": branches, "tags": [], "converts": []})
 
     def resolve(self, name: str, revision: str, path: str) -> None:
         if (repository := self.found(name)) is None:
@@ -237,6 +248,10 @@ class _Handler(BaseHTTPRequestHandler):
             files = json.loads(self.body)["files"]
             modes = [{"path": f["path"], "uploadMode": _mode(f["path"]), "shouldIgnore": False} for f in files]
             return self.json({"files": modes})
+        if what == "commits":
+            history = [{"id": name, "title": name[:4], "message": "", "date": "2026-01-02T03:04:05.000Z", "authors": []}
+                       for name in repository.commits]  # fmt: skip
+            return self.json(history)
         if what == "tree":
             items = [{"type": "file", "path": p, "oid": hashlib.sha1(d).hexdigest(), "size": len(d)}
                      for p, d in repository.commits[sha].items()]  # fmt: skip
