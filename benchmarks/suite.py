@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import machine
-from benchmarks.cases import copying, extraction, memory, merging, reversing, starting, undo_record
+from benchmarks.cases import copying, extraction, memory, merging, registry, reversing, starting, undo_record
 from benchmarks.measuring import ROOT, ProcessError, Workshop
 from benchmarks.table import Result
 
@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, Callable[[Workshop], Result]] = {
     "undo-record": undo_record.run,
     "memory": memory.run,
     "copy": copying.run,
+    "registry": registry.run,
     "startup": starting.run,
 }
 RUNS = 5

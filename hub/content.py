@@ -22,6 +22,7 @@ from pathlib import Path
 
 from surgery.errors import OutputError
 from surgery.hub.interfaces import Incoming
+from surgery.hub.transfer import reserve
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Linux's ioctl that makes one file share the blocks of another, on btrfs, XFS and their like.
@@ -107,6 +108,16 @@ class LocalIncoming:
 
     def fileno(self) -> int:
         return self._descriptor
+
+    def reserve(self, size: int) -> None:
+        """Make room for so many bytes."""
+        with disk(self._content.root):
+            reserve(self._descriptor, size)
+
+    def sync(self) -> None:
+        """Begin to make it durable, while other work goes on; `keep` then has less to wait for."""
+        with disk(self._content.root):
+            os.fsync(self._descriptor)
 
     def write(self, data: memoryview) -> None:
         with disk(self._content.root):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -22,7 +23,7 @@ from surgery.hub.endpoint import LOCAL, Endpoint, configured
 from surgery.hub.interfaces import FileEntry
 from surgery.hub.naming import RepositoryName, check_paths, parse_target
 from surgery.hub.store import existing_registry
-from surgery.hub.transfer import git_blob, pump
+from surgery.hub.transfer import git_blob, pump, reserve
 from surgery.provenance import read_provenance
 from surgery.source import FileSource, Source
 from surgery.writer import Staging, check_target, disk_errors, open_staging
@@ -198,19 +199,30 @@ def _fetch_all(remote: Remote, staging: Staging, progress: Progress, nbytes: int
     resumed = 0
     progress.start(nbytes, "pulling")
     try:
-        for entry in remote.files:
-            target = staging.files / entry.path
-            if entry.path in staging.done and target.is_file() and target.stat().st_size == entry.size:
-                progress.advance(entry.size)
-                resumed += 1
-                continue
-            with disk_errors(staging.target):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _fetch(remote, entry, target, progress)
-            staging.record(entry.path, {})
+        # Files reach the disk while others are fetched; the writer syncs all of them again before it renames.
+        with ThreadPoolExecutor(1, thread_name_prefix="sync") as pool:
+            for entry in remote.files:
+                target = staging.files / entry.path
+                if entry.path in staging.done and target.is_file() and target.stat().st_size == entry.size:
+                    progress.advance(entry.size)
+                    resumed += 1
+                    continue
+                with disk_errors(staging.target):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    _fetch(remote, entry, target, progress)
+                staging.record(entry.path, {})
+                pool.submit(_sync, target)
     finally:
         progress.stop()
     return resumed
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _fetch(remote: Remote, entry: FileEntry, target: Path, progress: Progress) -> None:
@@ -242,6 +254,7 @@ def _transfer(source: Source, entry: FileEntry, target: Path, begin: int, progre
             partial = FileSource(target)
             pump(partial, [hasher.update], progress.advance)
         os.lseek(descriptor, begin, os.SEEK_SET)
+        reserve(descriptor, entry.size)
 
         def write(data: memoryview) -> None:
             view = data

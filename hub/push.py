@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -351,11 +352,14 @@ def _ingest(
         # Weights come first and are kept only when all of them are in order; nothing of a bad folder stays.
         with ExitStack() as stack:
             waiting: list[tuple[LocalIncoming, str]] = []
+            pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sync"))
             weights = [path for path in parcel.sources if path.endswith(".safetensors")]
             for path in weights:
                 source = parcel.sources[path]
                 entries[path], incoming = _bring(store, content, path, source, checks.of(path, source), options, stack)
-                waiting += [(incoming, entries[path].sha256)] if incoming else []
+                if incoming is not None:
+                    waiting.append((incoming, entries[path].sha256))
+                    pool.submit(incoming.sync)  # an error comes back when it is kept
             facts = checks.facts()
             for incoming, sha256 in waiting:
                 stored += 0 if content.touch(sha256) else os.fstat(incoming.fileno()).st_size
@@ -394,7 +398,9 @@ def _bring(
     incoming = stack.enter_context(content.receive())
     descriptor = source.fileno()
     shared = descriptor is not None and incoming.clone(descriptor)
-    sinks = sinks if shared else [*sinks, incoming.write]
+    if not shared:
+        incoming.reserve(source.size)
+        sinks = [*sinks, incoming.write]
     return describe(path, source, sinks, options.progress.advance), incoming
 
 
