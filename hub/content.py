@@ -22,7 +22,7 @@ from pathlib import Path
 
 from surgery.errors import OutputError
 from surgery.hub.interfaces import Incoming
-from surgery.hub.transfer import reserve
+from surgery.hub.transfer import reserve, write_all
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Linux's ioctl that makes one file share the blocks of another, on btrfs, XFS and their like.
@@ -121,9 +121,7 @@ class LocalIncoming:
 
     def write(self, data: memoryview) -> None:
         with disk(self._content.root):
-            view = data.cast("B")
-            while view:
-                view = view[os.write(self._descriptor, view) :]
+            write_all(self._descriptor, data.cast("B"))
 
     def clone(self, descriptor: int) -> bool:
         """Share the blocks of another file, where the file system can: no bytes move. False where it cannot."""

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,7 +24,7 @@ from surgery.hub.endpoint import LOCAL, Endpoint, configured
 from surgery.hub.interfaces import FileEntry
 from surgery.hub.naming import RepositoryName, check_paths, parse_target
 from surgery.hub.store import existing_registry
-from surgery.hub.transfer import git_blob, pump, reserve
+from surgery.hub.transfer import git_blob, pump, reserve, write_all
 from surgery.provenance import read_provenance
 from surgery.source import FileSource, Source
 from surgery.writer import Staging, check_target, disk_errors, open_staging
@@ -251,17 +252,11 @@ def _transfer(source: Source, entry: FileEntry, target: Path, begin: int, progre
     try:
         os.ftruncate(descriptor, begin)
         if begin:
-            partial = FileSource(target)
-            pump(partial, [hasher.update], progress.advance)
+            pump(FileSource(target), [hasher.update], progress.advance)
         os.lseek(descriptor, begin, os.SEEK_SET)
         reserve(descriptor, entry.size)
 
-        def write(data: memoryview) -> None:
-            view = data
-            while view:
-                view = view[os.write(descriptor, view) :]
-
-        pump(source, [hasher.update, write], progress.advance, begin)
+        pump(source, [hasher.update, partial(write_all, descriptor)], progress.advance, begin)
     finally:
         os.close(descriptor)
     return hasher.hexdigest() == (entry.sha256 or entry.oid)
