@@ -10,7 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import machine
-from benchmarks.cases import combining, copying, exact, extraction, memory, merging, reversing, starting, undo_record
+from benchmarks.cases import (
+    combining,
+    copying,
+    exact,
+    extraction,
+    memory,
+    merging,
+    registry,
+    reversing,
+    starting,
+    undo_record,
+)
 from benchmarks.measuring import ROOT, ProcessError, Workshop
 from benchmarks.table import Result
 
@@ -25,6 +36,7 @@ BENCHMARKS: dict[str, Callable[[Workshop], Result]] = {
     "memory": memory.run,
     "combine": combining.run,
     "copy": copying.run,
+    "registry": registry.run,
     "startup": starting.run,
 }
 RUNS = 5

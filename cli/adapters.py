@@ -106,6 +106,7 @@ Examples:
 @click.option("--reversible", is_flag=True, help="Write the record that makes `surgery subtract` exact.")
 @click.option("--shard-size", "shard_bytes", type=Size(), help="Split anew.  [default: the files of BASE]")
 @click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinity pass; do not refuse.")
+@click.option("--any-base", is_flag=True, help="Merge even if hashes prove that an adapter is for another base.")
 @click.option("--all-weights", is_flag=True, help="List every weight, however many there are.")
 @device("cpu")
 @writing

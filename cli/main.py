@@ -31,6 +31,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "combine": ("surgery.cli.algebra:combine", "Combine adapters into one."),
     "resize": ("surgery.cli.algebra:resize", "Bring an adapter to another rank."),
     "verify": ("surgery.cli.look:verify", "Check an output against its provenance, or compare two checkpoints."),
+    "push": ("surgery.cli.hub:push", "Check a model or an adapter and commit it to a registry."),
+    "pull": ("surgery.cli.hub:pull", "Fetch a model or an adapter from a registry into a folder."),
+    "hub": ("surgery.cli.hub:hub", "Look into a registry and keep it in order."),
     "completion": ("surgery.cli.completion:completion", "Print a script that completes this command in a shell."),
 }
 

@@ -1,9 +1,10 @@
-"""What a user calls a checkpoint or an adapter: a path, or an id `name/repo[@revision]` on a Hub."""
+"""What a user calls a checkpoint or an adapter: a path, or an id `name/repo[@revision]` in a registry or on a Hub."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from surgery.adapter import Adapter, open_adapter, read_adapter
@@ -15,7 +16,7 @@ from surgery.source import kind_of
 # Folders of a diffusers pipeline that LoRAs act on.
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
-_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+_ID = re.compile(r"(?P<repository>(?:[\w-][\w.-]*/)?[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _WEIGHTED = re.compile(r"(?P<reference>.+)=(?P<weight>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)")
 
 Reference = str | os.PathLike[str]
@@ -25,12 +26,8 @@ def resolve_checkpoint(reference: Reference | Checkpoint) -> Checkpoint:
     """Open a checkpoint by path or id. A path that exists comes before an id of the same spelling."""
     if isinstance(reference, Checkpoint):
         return reference
-    match = _hub_id(reference)
-    if match is None:
-        return open_checkpoint(reference)
-    from surgery.hub.remote import open_folder
-
-    return read_checkpoint(open_folder(match["repository"], match["revision"]))
+    folder = _folder_of_id(reference)
+    return open_checkpoint(reference) if folder is None else read_checkpoint(folder)
 
 
 def resolve_adapter(reference: Reference | tuple[Reference, float] | Adapter) -> Adapter:
@@ -38,30 +35,26 @@ def resolve_adapter(reference: Reference | tuple[Reference, float] | Adapter) ->
     if isinstance(reference, Adapter):
         return reference
     name, weight = reference if isinstance(reference, tuple) else split_weight(reference)
-    match = _hub_id(name)
-    if match is None:
-        return open_adapter(name, weight)
-    from surgery.hub.remote import open_folder
-
-    return read_adapter(open_folder(match["repository"], match["revision"]), weight)
+    folder = _folder_of_id(name)
+    return open_adapter(name, weight) if folder is None else read_adapter(folder, weight)
 
 
 def resolve(reference: Reference | Checkpoint | Adapter) -> Checkpoint | Adapter:
     """Open whichever of the two a path or id means."""
     if isinstance(reference, Checkpoint | Adapter):
         return reference
+    folder = _folder_of_id(reference)
+    if folder is not None:
+        return read_adapter(folder) if _holds_adapter(folder.names()) else read_checkpoint(folder)
     return resolve_adapter(reference) if is_adapter(reference) else resolve_checkpoint(reference)
 
 
 def resolve_folder(reference: Reference) -> Folder | Path:
     """The folder that a path or id means, or the file: for adapters of formats that are not PEFT's."""
-    match = _hub_id(reference)
-    if match is not None:
-        from surgery.hub.remote import open_folder
-
-        return open_folder(match["repository"], match["revision"])
+    if (folder := _folder_of_id(reference)) is not None:
+        return folder
     place = Path(reference)
-    if not place.exists():
+    if kind_of(place) is None:
         raise InputError(f"{place} does not exist.")
     return LocalFolder(place) if place.is_dir() else place
 
@@ -83,17 +76,16 @@ def resolve_bases(reference: Reference | Checkpoint | None) -> dict[str, Checkpo
 
 def is_adapter(reference: Reference) -> bool:
     """Whether a path or id means an adapter: a folder with `adapter_config.json` and without a checkpoint's weights."""
-    match = _hub_id(reference)
-    if match is not None:
-        from surgery.hub.remote import open_folder
-
-        names = set(open_folder(match["repository"], match["revision"]).names())
-    elif kind_of(Path(reference)) == "folder":
-        names = {path.name for path in Path(reference).iterdir()}
-    else:
+    if (folder := _folder_of_id(reference)) is not None:
+        return _holds_adapter(folder.names())
+    if kind_of(Path(reference)) != "folder":
         return False
+    return _holds_adapter([path.name for path in Path(reference).iterdir()])
+
+
+def _holds_adapter(names: Sequence[str]) -> bool:
     whole = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"}
-    return "adapter_config.json" in names and not names & whole
+    return "adapter_config.json" in names and not set(names) & whole
 
 
 def split_weight(reference: Reference) -> tuple[Reference, float]:
@@ -104,11 +96,37 @@ def split_weight(reference: Reference) -> tuple[Reference, float]:
     return (match["reference"], float(match["weight"])) if match else (reference, 1.0)
 
 
-def _hub_id(reference: Reference) -> re.Match[str] | None:
-    """The parts of a Hub id, or None for a path: one that exists, or that no id could be."""
+def _folder_of_id(reference: Reference) -> Folder | None:
+    """The repository that an id means, or None for a path: one that exists, or that no id could be.
+
+    The local registry comes first, and the Hub after it. A name without a namespace can only be in the former.
+    """
     text = os.fspath(reference)
     if not text:
         raise InputError("An empty path was given.")
     if kind_of(Path(text)) or text.startswith((".", "/", "~")):
         return None
-    return _ID.fullmatch(text)
+    match = _ID.fullmatch(text)
+    if match is None:
+        return None
+    if (folder := _local(match["repository"], match["revision"], text)) is not None:
+        return folder
+    if "/" not in match["repository"]:
+        return None
+    from surgery.hub.remote import open_folder
+
+    return open_folder(match["repository"], match["revision"])
+
+
+def _local(repository: str, revision: str | None, label: str) -> Folder | None:
+    """A repository of the local registry, read in place."""
+    from surgery.hub.naming import parse_repository, why_not_a_repository
+    from surgery.hub.store import existing_registry
+
+    if why_not_a_repository(repository) is not None or (registry := existing_registry()) is None:
+        return None
+    name = parse_repository(repository)
+    with registry:
+        if registry.metadata.find(name) is None:
+            return None
+        return registry.folder(registry.find(name, revision), label)

@@ -128,6 +128,10 @@ class BytesSource(NotAFile):
         return self._name
 
     @property
+    def content(self) -> bytes:
+        return self._data
+
+    @property
     def size(self) -> int:
         return len(self._data)
 

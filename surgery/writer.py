@@ -331,6 +331,11 @@ def _staging_folder(target: Path) -> Path:
     return target.parent / f".{target.name}.partial"
 
 
+def disk_errors(target: Path) -> contextlib.AbstractContextManager[None]:
+    """What the operating system says about `target` while this lasts becomes one sentence."""
+    return _disk(target)
+
+
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
     view = data.cast("B")
     while view:

@@ -22,6 +22,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def own_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A registry that is not there yet, for each test; and no endpoint but where a test sets one."""
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    place = tmp_path / ".registry"
+    monkeypatch.setenv("SURGERY_REGISTRY", str(place))
+    return place
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder that is also the current one."""

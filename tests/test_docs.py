@@ -18,6 +18,7 @@ import pytest
 
 from surgery import operation, reports
 from surgery.cli.main import COMMANDS
+from surgery.hub import account, listing, pull, push
 from surgery.ops import inspection, lint, verify
 
 ROOT = Path(__file__).parents[1]
@@ -121,7 +122,9 @@ def _parts(hint: Any) -> Iterator[type]:
 
 def _reported() -> list[type]:
     """Every dataclass that `--json` can print: the reports, and what they hold."""
-    modules: list[types.ModuleType] = [reports, inspection, verify, operation, lint]
+    modules: tuple[types.ModuleType, ...] = (
+        reports, inspection, verify, operation, lint, push, pull, listing, account,
+    )  # fmt: skip
     todo = [
         found
         for module in modules

@@ -23,6 +23,7 @@ from surgery.operation import PlanSummary, Run, RunOptions, check_paths, config_
 from surgery.ops import best_rank
 from surgery.ops.exact_extract import add_exact, check_exact, estimate_exact
 from surgery.ops.factor import CompareStep, FactorStep, SpectrumStep, SvdOptions
+from surgery.ops.kinship import note_other_base
 from surgery.ops.ranks import Spectrum, by_budget, by_energy, incomplete
 from surgery.pairing import Pairing, SitePair, TensorPair, pair, refuse_quantised, tied_embedding
 from surgery.peft_format import Residual, adapter_config, carry_residual, factor_keys
@@ -206,7 +207,8 @@ def _prepare(base: Checkpoint, tuned: Checkpoint, options: ExtractOptions) -> _W
     problems += one_sided
     if problems:
         raise MismatchError(several(f"the pair {base.label} and {tuned.label}", problems), problems)
-    return _Work(base, tuned, options, factored, compared, whole, (*notes, *grown))
+    notes = (*notes, *grown, *note_other_base(base, tuned))
+    return _Work(base, tuned, options, factored, compared, whole, notes)
 
 
 def _is_arithmetic(found: SitePair) -> bool:

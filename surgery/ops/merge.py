@@ -32,6 +32,7 @@ from surgery.ops.consequences import (
 )
 from surgery.ops.deltas import relative_change
 from surgery.ops.fitting import Change, fit
+from surgery.ops.kinship import refuse_by_hashes, refuse_by_probe
 from surgery.ops.record import record_plan
 from surgery.ops.undo import estimated_share
 from surgery.ops.weights import TakeStep, Undo, WeightStep
@@ -50,11 +51,13 @@ class MergeOptions:
         reversible: write the record that makes `subtract` exact.
         shard_bytes: split the output into shards of at most this many bytes, instead of keeping the base's files.
         allow_nonfinite: let NaN and infinity pass.
+        any_base: merge an adapter even if hashes prove that it was made for another base.
     """
 
     reversible: bool = False
     shard_bytes: int | None = None
     allow_nonfinite: bool = False
+    any_base: bool = False
 
     def __post_init__(self) -> None:
         if self.shard_bytes is not None and self.shard_bytes < 1:
@@ -99,6 +102,8 @@ def merge(
     check_paths(output, inputs, run_options.overwrite)
     check_reversible(options, run_options)
     merging = plan_merge(base, adapters, options)
+    if not options.any_base:
+        refuse_by_probe(base, adapters, merging.changes)
     summary = summarise([merging.plan], output, run_options.settings)
     if run_options.dry_run:
         return MergeReport(str(output), summary, notes=merging.notes, dry_run=True)
@@ -234,6 +239,8 @@ def run_merge(
 ) -> MergeReport:
     """Run a planned merge, write its record, and finish the output. `removal` says what was taken out first."""
     execution = run.execute(merging.plan, "merging")
+    if removal is None and not options.any_base:
+        refuse_by_hashes(base, adapters, merging.changes, run.hashes)
     if removal is not None:
         removal.check(execution.outputs, merging.changes)
     record_bytes = 0

@@ -99,6 +99,10 @@ EXPECTED: dict[str, tuple[list[str], list[str]]] = {
         ["surgery merge", "cp -r and sync", "surgery merge --no-hash", "python -c 'import torch'"],
         [f"wall time beyond start-up against cp, {name}" for name in MERGES],
     ),
+    "registry": (
+        ["surgery push", "cp -r, sync, SHA-256", "surgery pull"],
+        [f"wall time against cp -r, sync, SHA-256, surgery {name}" for name in ("push", "pull")],
+    ),
     "startup": (["surgery --help", "python -c 'import click'"], ["CPU against click"]),
 }
 

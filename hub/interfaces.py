@@ -1,0 +1,202 @@
+"""What a registry is made of, and the two narrow interfaces behind which it lies.
+
+`Content` keeps bytes by their SHA-256. `Metadata` keeps repositories, commits and refs. A registry (`store.Registry`)
+uses both and knows nothing else of how they are kept: the embedded registry has a local folder for the one and SQLite
+for the other, and a server may put an object store and PostgreSQL there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from surgery.errors import InputError, OutputError
+from surgery.hub.naming import RepositoryName
+
+BRANCHES = "refs/heads/"
+TAGS = "refs/tags/"
+
+
+@dataclass(frozen=True, order=True)
+class FileEntry:
+    """A file of a commit.
+
+    Attributes:
+        path: relative, with forward slashes, see `naming.why_not_a_path`.
+        size: in bytes.
+        sha256: of its content, in hex: the key in `Content`, and what LFS and the Hub call it by.
+        oid: SHA-1 of the git blob: of the content, or of its LFS pointer where `lfs` is set. What the Hub's protocol
+            gives as `blobId` and as the ETag of a regular file.
+        lfs: whether git would keep it in LFS; always so for weights and for anything large.
+    """
+
+    path: str
+    size: int
+    sha256: str
+    oid: str
+    lfs: bool
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One state of a repository.
+
+    Attributes:
+        id: 40 hex digits, see `store.commit_id`.
+        parent: the commit before it, or None for the first.
+        tree: id of its list of files.
+        message: first line and body as one text.
+        time: seconds since 1970, UTC.
+        facts: what the files are (kind, base, rank and so on), read from them when they were committed. They follow
+            from the tree and are no part of the id.
+    """
+
+    id: str
+    parent: str | None
+    tree: str
+    message: str
+    time: int
+    facts: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository. `kind` is `model` or `dataset`; times are seconds since 1970."""
+
+    name: RepositoryName
+    kind: str
+    private: bool
+    created: int
+    updated: int
+
+
+class ConflictError(InputError):
+    """A branch points elsewhere than was expected: somebody else committed meanwhile."""
+
+
+class ContentMissingError(OutputError):
+    """A commit names content that is not there (any more); `missing` are its SHA-256 sums."""
+
+    def __init__(self, message: str, missing: Sequence[str]) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)
+
+    def __reduce__(self) -> tuple[type[ContentMissingError], tuple[str, tuple[str, ...]]]:
+        return type(self), (self.message, self.missing)
+
+
+class Incoming(Protocol):
+    """Content on its way in: appended to, then kept under its hash or dropped."""
+
+    def write(self, data: memoryview) -> None: ...
+
+    def keep(self, sha256: str) -> None:
+        """Make it durable and visible. Nothing happens if content of that hash is there already."""
+        ...
+
+
+class Content(Protocol):
+    """Bytes by their SHA-256. What is there is whole, never changes, and survives a crash of the machine."""
+
+    def size(self, sha256: str) -> int | None:
+        """Length in bytes, or None where there is none."""
+        ...
+
+    def path(self, sha256: str) -> Path | None:
+        """Where it lies as a file of its own, if it does; to read from, never to write to."""
+        ...
+
+    def receive(self) -> AbstractContextManager[Incoming]:
+        """A place for new content, which is gone after the `with` unless it was kept."""
+        ...
+
+    def touch(self, sha256: str) -> bool:
+        """Note that somebody is about to refer to it; False if it is not there."""
+        ...
+
+    def remove(self, sha256: str) -> None: ...
+
+    def list(self) -> Iterator[tuple[str, int, float]]:
+        """SHA-256, size, and the time of the last `touch`, of everything."""
+        ...
+
+
+class Metadata(Protocol):
+    """Repositories, commits and refs. Each method is one transaction: all of it happens, or nothing."""
+
+    def create(self, name: RepositoryName, kind: str, private: bool, time: int) -> Repository:
+        """A new repository without commits. Raises `ConflictError` where one has the name, in any letter case."""
+        ...
+
+    def find(self, name: RepositoryName, kind: str = "model") -> Repository | None: ...
+
+    def repositories(self, kind: str = "model") -> Sequence[Repository]:
+        """All, by name."""
+        ...
+
+    def delete(self, name: RepositoryName, kind: str = "model") -> Collection[str]:
+        """Forget a repository. Returns the SHA-256 sums that it referred to."""
+        ...
+
+    def refs(self, name: RepositoryName, kind: str = "model") -> Mapping[str, str]:
+        """`refs/heads/main` and the like, each with its commit."""
+        ...
+
+    def set_ref(
+        self, name: RepositoryName, ref: str, expected: str | None, commit: str | None, kind: str = "model"
+    ) -> None:
+        """Move a ref from `expected` to `commit`; None is no ref. Raises `ConflictError` where it is elsewhere."""
+        ...
+
+    def commit(
+        self,
+        name: RepositoryName,
+        branch: str,
+        expected: str | None,
+        commit: Commit,
+        files: Sequence[FileEntry],
+        missing: Callable[[Collection[str]], Collection[str]],
+        kind: str = "model",
+    ) -> None:
+        """Record a commit and move its branch to it.
+
+        Args:
+            name: of the repository.
+            branch: without `refs/heads/`.
+            expected: where the branch points now; None for a new one. Raises `ConflictError` if it is elsewhere.
+            commit: with `parent` equal to `expected`, or any commit for a new branch.
+            files: the whole tree, sorted by path.
+            missing: which of these SHA-256 sums are not in the content store. Asked within the transaction, which no
+                collection of garbage overlaps; raises `ContentMissingError` if there are any.
+            kind: `model` or `dataset`.
+        """
+        ...
+
+    def history(self, name: RepositoryName, commit: str, kind: str = "model") -> Iterator[Commit]:
+        """A commit and those before it, newest first."""
+        ...
+
+    def find_commit(self, name: RepositoryName, prefix: str, kind: str = "model") -> Commit | None:
+        """The commit whose id begins so, if there is exactly one."""
+        ...
+
+    def files(self, tree: str) -> Sequence[FileEntry]:
+        """The files of a tree, sorted by path."""
+        ...
+
+    def has_size(self, size: int) -> bool:
+        """Whether any committed file has this length: if none has, content of that length is new."""
+        ...
+
+    def trees(self) -> Collection[str]:
+        """Every tree that a commit has."""
+        ...
+
+    def close(self) -> None: ...
+
+    def sweep(self, candidates: Iterable[str], remove: Callable[[str], None]) -> Collection[str]:
+        """Call `remove` for each candidate that no commit refers to. No commit happens meanwhile."""
+        ...

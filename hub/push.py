@@ -1,0 +1,482 @@
+"""`push FOLDER NAME[@branch]`: check a folder, and make it the newest commit of a repository.
+
+Every file is read once: hashed, checked and copied in one pass. Nothing is committed unless all of it is in order, and
+nothing is ever written to the folder: the card that goes into the commit is the folder's with a section added.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from surgery.errors import InputError, IntegrityError, NonFiniteError, OutputError, several
+from surgery.execute import NoProgress, Progress
+from surgery.folder import WEIGHT_SUFFIXES, LocalFolder
+from surgery.header import read_header
+from surgery.hub.cards import card
+from surgery.hub.content import LocalContent, LocalIncoming
+from surgery.hub.endpoint import Endpoint
+from surgery.hub.examining import Examined, examine
+from surgery.hub.interfaces import Commit, ConflictError, ContentMissingError, FileEntry
+from surgery.hub.naming import MAIN, check_branch, check_paths, parse_target
+from surgery.hub.scanning import TensorScan
+from surgery.hub.store import Registry, Revision, open_registry, registry_path
+from surgery.hub.transfer import Sink, git_blob, lfs_pointer_oid, pump
+from surgery.source import BytesSource, FileSource, Source
+from surgery.writer import free_bytes
+
+CARD = "README.md"
+# A card of a person beyond this size is not rewritten.
+_MAX_CARD = 1_000_000
+_LFS_FROM = 10_000_000  # bytes; the Hub keeps larger files in LFS whatever they are
+_SKIPPED_FOLDERS = {"__pycache__", "node_modules"}
+_KEPT_HIDDEN = {".gitattributes"}
+_TRIES = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOptions:
+    """How to push.
+
+    Attributes:
+        message: of the commit; by default what was pushed.
+        private: of a repository that is made by this push, on a Hub.
+        allow_nonfinite: let NaN and infinity pass.
+        dry_run: check everything, write nothing.
+        progress: told about the bytes as they pass.
+    """
+
+    message: str | None = None
+    private: bool = False
+    allow_nonfinite: bool = False
+    dry_run: bool = False
+    progress: Progress = field(default_factory=NoProgress)
+
+
+@dataclass(frozen=True)
+class PushedFile:
+    """A file of the commit; `state` is `added`, `changed`, `same`, or `removed` (of the commit before)."""
+
+    path: str
+    size: int
+    sha256: str
+    state: str
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """What `push` did.
+
+    Attributes:
+        name: the repository.
+        branch: the branch that was moved.
+        endpoint: where it is: `local`, or an address.
+        commit: id of the commit; None in a dry run.
+        created: whether the repository is new.
+        unchanged: whether the branch had these very files already, so that nothing was committed.
+        files: each file of the commit, and those it no longer has.
+        nbytes: size of all files.
+        stored_bytes: how much of it was new to the registry; None where a Hub does not say.
+        facts: what the folder is: kind, base, ranks and so on.
+        card: what became of the card: `written`, `section added`, `section renewed`, or `kept`.
+        dry_run: whether nothing was written.
+        notes: what is worth saying.
+    """
+
+    name: str
+    branch: str
+    endpoint: str
+    commit: str | None
+    created: bool
+    unchanged: bool
+    files: tuple[PushedFile, ...]
+    nbytes: int
+    stored_bytes: int | None
+    facts: Mapping[str, object]
+    card: str
+    dry_run: bool
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A folder that was examined and is ready to go: its files by path, weights first, and its card as it will be."""
+
+    folder: LocalFolder
+    sources: Mapping[str, Source]
+    found: Examined
+    card: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(source.size for source in self.sources.values())
+
+    @property
+    def label(self) -> str:
+        return self.folder.label
+
+
+def push(
+    folder: str | os.PathLike[str], target: str, endpoint: Endpoint, options: PushOptions, registry: Path | None = None
+) -> PushReport:
+    """Push a folder to `NAME[@branch]`, in the local registry or on a Hub."""
+    name, branch = parse_target(target)
+    branch = branch or MAIN
+    check_branch(branch)
+    place = LocalFolder(folder)
+    if endpoint.url is not None:
+        from surgery.hub.remote_push import push_remote
+
+        return push_remote(place, name, branch, endpoint.url, options)
+    if options.dry_run and not (registry or registry_path()).exists():
+        return _report(pack(place, str(name), None), str(name), branch, None, {}, options)
+    with open_registry(registry) as store:
+        head = store.head(name, branch)
+        known = store.metadata.find(name)
+        shown = str(known.name if known else name)
+        parcel = pack(place, shown, _card_of(store, head))
+        if options.dry_run:
+            return _report(parcel, shown, branch, head, scan(parcel, options), options)
+        return _push_local(store, parcel, shown, branch, options)
+
+
+# Checking -------------------------------------------------------------------------------------------------------------
+
+
+def pack(folder: LocalFolder, name: str, card_before: str | None) -> Parcel:
+    """Find the files of a folder, examine them, and write the card. Raises `InputError` naming all problems.
+
+    `card_before` is the card of the commit before: a person's words in it are kept where the folder has none.
+    """
+    paths = _files_of(folder)
+    check_paths(paths, folder.label)
+    found = examine(folder)
+    if found.problems:
+        raise InputError(_refused(folder.label, found.problems), found.problems)
+    readme, what = _readme(folder, paths, card_before)
+    if readme is None:
+        text, what = None, "kept"
+    else:
+        text = card(readme, found, name)
+        what = "kept" if text == readme else what
+    sources: dict[str, Source] = {}
+    for path in sorted(paths, key=lambda path: (not path.endswith(".safetensors"), path)):
+        sources[path] = folder.open(path)
+    if text is not None:
+        sources[CARD] = BytesSource(f"{folder.label}/{CARD}", text.encode())
+    return Parcel(folder, sources, found, what)
+
+
+def _refused(label: str, problems: Sequence[str]) -> str:
+    if len(problems) == 1:
+        return f"{label} is not fit to be pushed: {problems[0]}"
+    return f"{label} is not fit to be pushed, for {len(problems)} reasons:"
+
+
+def _files_of(folder: LocalFolder) -> list[str]:
+    """Every file, the folders of undo records included, without hidden ones and caches."""
+    found = []
+    for parent, folders, files in os.walk(folder.path, onerror=_unreadable):
+        here = Path(parent).relative_to(folder.path)
+        linked = [name for name in folders if (Path(parent) / name).is_symlink()]
+        if linked:
+            raise InputError(
+                f"{folder.label}/{(here / linked[0]).as_posix()} is a link to a folder; copy that folder here, or "
+                "leave it out."
+            )
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in _SKIPPED_FOLDERS]
+        for name in files:
+            path = (here / name).as_posix()
+            if name.startswith(".") and path not in _KEPT_HIDDEN:
+                continue
+            if not folder.stays_inside(path):
+                raise InputError(f"{folder.label}/{path} is a link out of the folder, or no file; copy the file here.")
+            found.append(path)
+    return sorted(found)
+
+
+def _unreadable(error: OSError) -> None:
+    raise InputError(f"{error.filename} cannot be read: {error.strerror}.") from error
+
+
+def _readme(folder: LocalFolder, paths: Sequence[str], before: str | None) -> tuple[str | None, str]:
+    """The card to add a section to, and what that will be called; None for one that is to be left alone."""
+    from surgery.card import BEGIN, written_by_a_person
+
+    text = ""
+    if CARD in paths:
+        path = folder.path / CARD
+        if path.stat().st_size > _MAX_CARD:
+            return None, "kept"
+        try:
+            # newline="": a person's line ends stay as they are.
+            with open(path, encoding="utf-8", newline="") as file:
+                text = file.read()
+        except UnicodeDecodeError:
+            return None, "kept"
+    if before is not None and not written_by_a_person(text) and written_by_a_person(before):
+        text = before
+    return text, "section renewed" if BEGIN in text else "section added" if text.strip() else "written"
+
+
+def _card_of(store: Registry, head: Revision | None) -> str | None:
+    entry = next((entry for entry in head.files if entry.path == CARD), None) if head is not None else None
+    if entry is None or entry.size > _MAX_CARD or (path := store.content.path(entry.sha256)) is None:
+        return None
+    try:
+        return path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+class DataChecks:
+    """What the data say, gathered while they pass."""
+
+    def __init__(self, parcel: Parcel, allow_nonfinite: bool) -> None:
+        self._parcel = parcel
+        self._allow_nonfinite = allow_nonfinite
+        self._scans: dict[str, TensorScan] = {}
+
+    def of(self, path: str, source: Source) -> list[Sink]:
+        """The sinks that a file's bytes have to pass."""
+        if path not in self._parcel.found.files.weights.names or not path.endswith(".safetensors"):
+            return []
+        self._scans[path] = TensorScan(read_header(source))
+        return [self._scans[path].update]
+
+    def facts(self) -> Mapping[str, object]:
+        """The facts, with the one hash of all weights. Raises what is wrong with the data."""
+        from surgery.belonging import weights_id
+
+        hashes: dict[str, str] = {}
+        bad: list[str] = []
+        for scan_ in self._scans.values():
+            hashes |= scan_.hashes
+            bad += scan_.nonfinite
+        label, found = self._parcel.label, self._parcel.found
+        if bad and not self._allow_nonfinite:
+            problems = [f"{label}: tensor {name!r} holds NaN or infinity." for name in bad]
+            raise NonFiniteError(
+                f"{label} is not fit to be pushed: {len(bad)} of its tensors, {bad[0]!r} first, hold NaN or infinity; "
+                "--allow-nonfinite lets them pass.",
+                problems,
+            )
+        expected = found.expected_hashes
+        other = [name for name, digest in hashes.items() if expected.get(name, digest) != digest]
+        if other:
+            problems = [
+                f"{label}: tensor {name!r} does not have the hash that surgery.json has on record." for name in other
+            ]
+            raise IntegrityError(several(f"{label}, which is not what its surgery.json says", problems), problems)
+        return {**found.facts, "weights": weights_id(hashes)} if hashes else found.facts
+
+
+# The local registry ---------------------------------------------------------------------------------------------------
+
+
+def _push_local(store: Registry, parcel: Parcel, name: str, branch: str, options: PushOptions) -> PushReport:
+    repository, _ = parse_target(name)
+    created = store.metadata.find(repository) is None
+    content = store.content
+    assert isinstance(content, LocalContent)
+    # Content that another process collects between our finding it and our commit is brought in again.
+    for _ in range(_TRIES):
+        entries, facts, stored = _ingest(store, content, parcel, options)
+        store.create(repository, options.private)
+        try:
+            commit, before = _commit(
+                store, repository_name=name, branch=branch, entries=entries, facts=facts, options=options
+            )
+        except ContentMissingError:
+            continue
+        return _report(parcel, name, branch, before, entries, options, facts, commit, created, stored)
+    raise OutputError(f"The content of {parcel.label} keeps disappearing from {store.root}; is it being cleared?")
+
+
+def _commit(
+    store: Registry,
+    *,
+    repository_name: str,
+    branch: str,
+    entries: Mapping[str, FileEntry],
+    facts: Mapping[str, object],
+    options: PushOptions,
+) -> tuple[Commit, Revision | None]:
+    """Commit on top of whatever the branch is at. Returns the commit, and what was there before."""
+    name, _ = parse_target(repository_name)
+    failure: ConflictError | None = None
+    for _ in range(_TRIES):
+        head = store.head(name, branch)
+        files = tuple(sorted(entries.values()))
+        if head is not None and head.files == files:
+            return head.commit, head
+        message = options.message or default_message(facts)
+        try:
+            return store.commit(name, branch, head.commit.id if head else None, files, message, facts), head
+        except ConflictError as error:  # somebody else was quicker: on top of theirs, then
+            failure = error
+    assert failure is not None
+    raise failure
+
+
+def default_message(facts: Mapping[str, object]) -> str:
+    """`Push adapter (extract)`."""
+    operation = f" ({facts['operation']})" if facts.get("operation") else ""
+    return f"Push {facts['kind']} {'' if facts['kind'] == 'adapter' else 'checkpoint'}".rstrip() + operation
+
+
+def _ingest(
+    store: Registry, content: LocalContent, parcel: Parcel, options: PushOptions
+) -> tuple[dict[str, FileEntry], Mapping[str, object], int]:
+    """Bring every file into the store. Returns the entries, the facts, and how many bytes were new."""
+    free = free_bytes(store.root)
+    needed = sum(source.size for source in parcel.sources.values() if not store.metadata.has_size(source.size))
+    if needed > free:
+        raise OutputError(
+            f"The registry at {store.root} needs {needed:,} bytes for {parcel.label} but its disk has {free:,} free; "
+            "free some space, or set SURGERY_REGISTRY to another place."
+        )
+    checks = DataChecks(parcel, options.allow_nonfinite)
+    entries: dict[str, FileEntry] = {}
+    stored = 0
+    options.progress.start(parcel.nbytes, "pushing")
+    try:
+        # Weights come first and are kept only when all of them are in order; nothing of a bad folder stays.
+        with ExitStack() as stack:
+            waiting: list[tuple[LocalIncoming, str]] = []
+            pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sync"))
+            weights = [path for path in parcel.sources if path.endswith(".safetensors")]
+            for path in weights:
+                source = parcel.sources[path]
+                entries[path], incoming = _bring(store, content, path, source, checks.of(path, source), options, stack)
+                if incoming is not None:
+                    waiting.append((incoming, entries[path].sha256))
+                    pool.submit(incoming.sync)  # an error comes back when it is kept
+            facts = checks.facts()
+            for incoming, sha256 in waiting:
+                stored += 0 if content.touch(sha256) else os.fstat(incoming.fileno()).st_size
+                incoming.keep(sha256)
+        for path, source in parcel.sources.items():
+            if path not in entries:
+                with ExitStack() as stack:
+                    entries[path], added = _bring(store, content, path, source, [], options, stack)
+                    if added is not None:
+                        stored += 0 if content.touch(entries[path].sha256) else entries[path].size
+                        added.keep(entries[path].sha256)
+    finally:
+        options.progress.stop()
+    return entries, facts, stored
+
+
+def _bring(
+    store: Registry,
+    content: LocalContent,
+    path: str,
+    source: Source,
+    sinks: Sequence[Sink],
+    options: PushOptions,
+    stack: ExitStack,
+) -> tuple[FileEntry, LocalIncoming | None]:
+    """One file: its entry, and the copy that is to be kept; None where the store has that content already.
+
+    A file is copied and hashed in one pass. Only where a file of its length was committed before is it hashed first,
+    and copied if it is another after all.
+    """
+    if store.metadata.has_size(source.size):
+        entry = describe(path, source, sinks, options.progress.advance)
+        if content.touch(entry.sha256):
+            return entry, None
+        sinks = []  # they have seen it
+    incoming = stack.enter_context(content.receive())
+    descriptor = source.fileno()
+    shared = descriptor is not None and incoming.clone(descriptor)
+    if not shared:
+        incoming.reserve(source.size)
+        sinks = [*sinks, incoming.write]
+    return describe(path, source, sinks, options.progress.advance), incoming
+
+
+def describe(path: str, source: Source, sinks: Sequence[Sink], advance: Callable[[int], None]) -> FileEntry:
+    """The entry of a file, whose bytes pass all `sinks` on the way."""
+    sha256 = hashlib.sha256()
+    lfs = is_lfs(path, source.size)
+    sha1 = None if lfs else git_blob(source.size)
+    pump(source, [sha256.update, *([sha1.update] if sha1 is not None else []), *sinks], advance)
+    if isinstance(source, FileSource):
+        source.check_unchanged()
+    digest = sha256.hexdigest()
+    oid = lfs_pointer_oid(digest, source.size) if sha1 is None else sha1.hexdigest()
+    return FileEntry(path, source.size, digest, oid, lfs)
+
+
+def is_lfs(path: str, size: int) -> bool:
+    """Whether git would keep a file in LFS: weights, and whatever is large."""
+    return size > _LFS_FROM or (path.endswith(WEIGHT_SUFFIXES) and not path.endswith(".json"))
+
+
+def scan(parcel: Parcel, options: PushOptions) -> dict[str, FileEntry]:
+    """Read and check every file, and write nothing."""
+    checks = DataChecks(parcel, options.allow_nonfinite)
+    options.progress.start(parcel.nbytes, "checking")
+    try:
+        entries = {
+            path: describe(path, source, checks.of(path, source), options.progress.advance)
+            for path, source in parcel.sources.items()
+        }
+    finally:
+        options.progress.stop()
+    checks.facts()
+    return entries
+
+
+def _report(
+    parcel: Parcel,
+    name: str,
+    branch: str,
+    before: Revision | None,
+    entries: Mapping[str, FileEntry],
+    options: PushOptions,
+    facts: Mapping[str, object] | None = None,
+    commit: Commit | None = None,
+    created: bool = False,
+    stored: int = 0,
+) -> PushReport:
+    entries = entries or scan(parcel, options)
+    files = changes(entries.values(), before.files if before else ())
+    return PushReport(
+        name=name,
+        branch=branch,
+        endpoint="local",
+        commit=commit.id if commit else None,
+        created=created,
+        unchanged=before is not None and all(file.state == "same" for file in files),
+        files=files,
+        nbytes=parcel.nbytes,
+        stored_bytes=stored,
+        facts=facts or parcel.found.facts,
+        card=parcel.card,
+        dry_run=options.dry_run,
+        notes=parcel.found.notes,
+    )
+
+
+def changes(after: Iterable[FileEntry], before: Iterable[FileEntry]) -> tuple[PushedFile, ...]:
+    """Each file of a commit beside what it was in the one before."""
+    found = []
+    old = {entry.path: entry for entry in before}
+    new = {entry.path: entry for entry in after}
+    for path in sorted(old.keys() | new.keys()):
+        entry = new.get(path, old.get(path))
+        assert entry is not None
+        state = "removed" if path not in new else "added" if path not in old else ""
+        state = state or ("same" if old[path].sha256 == entry.sha256 else "changed")
+        found.append(PushedFile(path, entry.size, entry.sha256, state))
+    return tuple(found)

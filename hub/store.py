@@ -1,0 +1,306 @@
+"""The embedded registry: a folder that holds models and adapters with their history, used by any number of processes.
+
+    <root>/registry.json      the format's version
+    <root>/registry.sqlite    repositories, commits, refs (`metadata`)
+    <root>/blobs/ab/abcd...   content by SHA-256 (`content`)
+    <root>/incoming/          content on its way in
+    <root>/snapshots/<tree>/  a commit's files as links into blobs/, made when first read; may be deleted at any time
+
+A commit is in the database whole or not at all, and only after all of its content is on disk. `docs/hub.md` says how a
+server uses the same folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgery.errors import FormatError, InputError, OutputError
+from surgery.folder import LocalFolder
+from surgery.hashing import cache_folder
+from surgery.hub.content import LocalContent, disk, sync_folder
+from surgery.hub.interfaces import BRANCHES, TAGS, Commit, ConflictError, Content, FileEntry, Metadata, Repository
+from surgery.hub.metadata import SqliteMetadata, encode_tree
+from surgery.hub.naming import MAIN, RepositoryName, check_branch
+
+FORMAT = 1
+# A commit may be called by the first digits of its id, but not by fewer than these.
+_LEAST_PREFIX = 7
+# Content that nothing refers to is kept this long, in seconds: a push that was killed finds it again.
+GRACE = 24 * 3600.0
+
+
+def registry_path() -> Path:
+    """`$SURGERY_REGISTRY`, or `checkpoint-surgery/registry` below `$XDG_DATA_HOME` or `~/.local/share`."""
+    if given := os.environ.get("SURGERY_REGISTRY"):
+        return Path(given)
+    base = os.environ.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
+    return Path(base) / "checkpoint-surgery" / "registry"
+
+
+@dataclass(frozen=True)
+class Revision:
+    """A commit of a repository, and its files."""
+
+    repository: Repository
+    commit: Commit
+    files: tuple[FileEntry, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.size for entry in self.files)
+
+
+class Registry:
+    """Repositories and their commits. `content` and `metadata` do the keeping."""
+
+    def __init__(self, root: Path, content: Content, metadata: Metadata) -> None:
+        self.root = root
+        self.content = content
+        self.metadata = metadata
+
+    def __enter__(self) -> Registry:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self.metadata.close()
+
+    # Reading ----------------------------------------------------------------------------------------------------------
+
+    def find(self, name: RepositoryName, revision: str | None = None) -> Revision:
+        """A repository at a branch, tag or commit; its `main` by default. Raises `InputError` where there is none."""
+        repository = self.metadata.find(name)
+        if repository is None:
+            raise InputError(f"There is no model called {name} in the registry at {self.root}.")
+        commit = self._commit(repository, revision or MAIN)
+        if commit is None:
+            at = f"revision {revision!r}" if revision else "commit yet"
+            raise InputError(f"{repository.name} in the registry at {self.root} has no {at}.")
+        return Revision(repository, commit, tuple(self.metadata.files(commit.tree)))
+
+    def _commit(self, repository: Repository, revision: str) -> Commit | None:
+        refs = self.metadata.refs(repository.name)
+        target = refs.get(BRANCHES + revision) or refs.get(TAGS + revision) or refs.get(revision)
+        if target is not None:
+            return next(iter(self.metadata.history(repository.name, target)))
+        digits = set(revision) <= set("0123456789abcdef")
+        if digits and _LEAST_PREFIX <= len(revision) <= 40:
+            return self.metadata.find_commit(repository.name, revision)
+        return None
+
+    def head(self, name: RepositoryName, branch: str) -> Revision | None:
+        """The newest commit of a branch, or None where there is none."""
+        repository = self.metadata.find(name)
+        if repository is None or (target := self.metadata.refs(name).get(BRANCHES + branch)) is None:
+            return None
+        commit = next(iter(self.metadata.history(name, target)))
+        return Revision(repository, commit, tuple(self.metadata.files(commit.tree)))
+
+    def snapshot(self, found: Revision) -> Path:
+        """A folder with a commit's files, as links to the content: to be read, never to be written to."""
+        places = [self.root / "snapshots" / found.commit.tree, cache_folder() / "snapshots" / found.commit.tree]
+        for place in places:
+            if place.is_dir():
+                return place
+        failure: OSError | None = None
+        for place in places:
+            try:
+                self._make_snapshot(place, found)
+            except OSError as error:  # a registry that this user may only read
+                if isinstance(error, OutputError):
+                    raise
+                failure = error
+            else:
+                return place
+        raise OutputError(f"No links to the files of {found.repository.name} can be made: {failure}.") from failure
+
+    def _make_snapshot(self, place: Path, found: Revision) -> None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        making = place.with_name(f".{place.name[:16]}-{secrets.token_hex(4)}")
+        try:
+            for entry in found.files:
+                blob = self.content.path(entry.sha256)
+                if blob is None or not blob.is_file():
+                    raise FormatError(
+                        f"The registry at {self.root} has lost the content of {entry.path} of {found.repository.name}; "
+                        "push it again, or restore it from a backup."
+                    )
+                link = making / entry.path
+                link.parent.mkdir(parents=True, exist_ok=True)
+                inside = place.is_relative_to(self.root)
+                link.symlink_to(os.path.relpath(blob, link.parent) if inside else blob.absolute())
+            making.mkdir(exist_ok=True)
+            with contextlib.suppress(FileExistsError, OSError):  # another process may have been quicker
+                os.rename(making, place)
+            if not place.is_dir():
+                raise OSError(f"{place} cannot be made")
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+
+    def folder(self, found: Revision, label: str) -> RegistryFolder:
+        """A commit's files as a folder to open a checkpoint or an adapter in."""
+        return RegistryFolder(self.snapshot(found), label, found, self.content)
+
+    # Writing ----------------------------------------------------------------------------------------------------------
+
+    def create(self, name: RepositoryName, private: bool = False) -> Repository:
+        """A repository of this name: a new one, or the one there is."""
+        found = self.metadata.find(name)
+        if found is not None:
+            return found
+        try:
+            return self.metadata.create(name, "model", private, int(time.time()))
+        except ConflictError:  # another process was quicker
+            return self.metadata.find(name) or self.create(name, private)
+
+    def commit(
+        self,
+        name: RepositoryName,
+        branch: str,
+        expected: str | None,
+        files: Iterable[FileEntry],
+        message: str,
+        facts: Mapping[str, object],
+    ) -> Commit:
+        """Commit a whole tree on top of `expected`, where the branch has to be.
+
+        A new branch of a repository that has others begins with this commit: its parent is None.
+        """
+        check_branch(branch)
+        ordered = sorted(files)
+        tree = tree_id(ordered)
+        now = int(time.time())
+        commit = Commit(commit_id(tree, expected, message, now), expected, tree, message, now, facts)
+        self.metadata.commit(name, branch, expected, commit, ordered, self._missing)
+        return commit
+
+    def _missing(self, digests: Collection[str]) -> list[str]:
+        return [sha256 for sha256 in digests if self.content.size(sha256) is None]
+
+    def delete(self, name: RepositoryName) -> int:
+        """Forget a repository with its history, and remove the content that no other one has. Returns bytes freed."""
+        candidates = self.metadata.delete(name)
+        freed = self._sweep(candidates)
+        self._clear_snapshots()
+        return freed
+
+    def collect(self, grace: float = GRACE) -> int:
+        """Remove content that nothing refers to and nobody has touched for `grace` seconds. Returns bytes freed."""
+        limit = time.time() - grace
+        freed = self._sweep([sha256 for sha256, _, touched in self.content.list() if touched < limit])
+        self._clear_snapshots()
+        return freed
+
+    def _sweep(self, candidates: Iterable[str]) -> int:
+        freed = 0
+
+        def remove(sha256: str) -> None:
+            nonlocal freed
+            freed += self.content.size(sha256) or 0
+            self.content.remove(sha256)
+
+        with disk(self.root):
+            self.metadata.sweep(candidates, remove)
+        return freed
+
+    def _clear_snapshots(self) -> None:
+        known = self.metadata.trees()
+        folder = self.root / "snapshots"
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.name not in known and not path.name.startswith("."):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+class RegistryFolder(LocalFolder):
+    """A commit of a local registry, read in place. Goes by the name of its repository."""
+
+    def __init__(self, path: Path, label: str, found: Revision, content: Content) -> None:
+        super().__init__(path)
+        self._label = label
+        self._found = found
+        self._content = content
+
+    @property
+    def label(self) -> str:
+        return self._label
+
+    @property
+    def provenance(self) -> Mapping[str, str]:
+        return {"source": str(self._found.repository.name), "revision": self._found.commit.id}
+
+    def stays_inside(self, name: str) -> bool:  # noqa: ARG002 - every link is like every other
+        # Every link was made here, to the content of this registry.
+        return True
+
+
+def tree_id(files: Sequence[FileEntry]) -> str:
+    """SHA-256 of the list of files."""
+    return hashlib.sha256(encode_tree(files).encode()).hexdigest()
+
+
+def commit_id(tree: str, parent: str | None, message: str, seconds: int) -> str:
+    """The first 40 hex digits (what the Hub's client takes for a commit) of the SHA-256 of what a commit is."""
+    text = json.dumps({"message": message, "parent": parent, "time": seconds, "tree": tree}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+def open_registry(root: Path | None = None) -> Registry:
+    """Open the registry at `root` (by default the user's), and make it if it is not there."""
+    root = registry_path() if root is None else root
+    with disk(root):
+        root.mkdir(parents=True, exist_ok=True)
+        if not (root / "registry.json").exists():
+            _write_format(root)
+    _check_format(root)
+    content = LocalContent(root)
+    content.clear()
+    return Registry(root, content, SqliteMetadata(root / "registry.sqlite"))
+
+
+def existing_registry(root: Path | None = None, writable: bool = False) -> Registry | None:
+    """The registry at `root`, or None where there is none; to read from, unless it is to be `writable`."""
+    root = registry_path() if root is None else root
+    if not (root / "registry.sqlite").is_file():
+        return None
+    _check_format(root)
+    return Registry(root, LocalContent(root), SqliteMetadata(root / "registry.sqlite", writable))
+
+
+def _write_format(root: Path) -> None:
+    """Whole or not at all; of two processes that make one registry, either's file will do."""
+    making = root / f".registry-{secrets.token_hex(4)}"
+    making.write_text(json.dumps({"format": FORMAT}) + "\n")
+    os.replace(making, root / "registry.json")
+    sync_folder(root)
+
+
+def _check_format(root: Path) -> None:
+    try:
+        content = json.loads((root / "registry.json").read_bytes())
+        found = content.get("format") if isinstance(content, dict) else None
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{root} is not a registry: its registry.json cannot be read ({error}).") from error
+    if found != FORMAT:
+        raise FormatError(
+            f"{root} is a registry of format {found!r}, expected {FORMAT}; use the version of this tool that made it."
+        )
+
+
+def iterate_history(registry: Registry, found: Revision, limit: int) -> Iterator[Commit]:
+    """The latest commits, newest first, at most `limit`."""
+    for number, commit in enumerate(registry.metadata.history(found.repository.name, found.commit.id)):
+        if number >= limit:
+            return
+        yield commit

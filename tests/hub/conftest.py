@@ -1,0 +1,18 @@
+"""A Hub on this machine, and a registry of each test's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hub import fake_hub
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fake_hub.FakeHub]:
+    """A running Hub, configured as this process's endpoint."""
+    with fake_hub.running() as found:
+        fake_hub.configure(found, tmp_path / "hf-home", monkeypatch)
+        yield found
