@@ -37,6 +37,8 @@ class Artefact:
         group: `written` by this project, `trained` by PEFT, or made to be `refused`.
         path: its folder.
         base: the checkpoint that an adapter acts on; for a checkpoint, itself.
+        engines: the only ones to give it to; none for all.
+        means: the artefact that says the same, where this one's format is not PEFT's.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Artefact:
     group: str
     path: Path
     base: Path
+    engines: tuple[str, ...] = ()
+    means: str = ""
 
     @property
     def is_adapter(self) -> bool:
@@ -101,7 +105,23 @@ def make_all(root: Path, only: str = "") -> list[Artefact]:
     _merged(shop)
     _edited(shop)
     _damaged_checkpoints(shop)
+    _converted(shop)
     return shop.made
+
+
+def _converted(shop: Workshop) -> None:
+    """What `convert --to mlx` makes of every adapter that we or PEFT write."""
+    for one in [one for one in shop.made if one.is_adapter and one.group in ("written", "trained")]:
+        folder = one.path.with_name(f"mlx-{one.path.name}")
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            surgery.convert(one.path, to="mlx", base=one.base, output=folder)
+        except surgery.SurgeryError as error:
+            print(f"convert --to mlx refuses {one.name}: {error}")
+            continue
+        name = f"{one.name.partition('/')[0]}/{folder.name}"
+        what = f"`convert --to mlx` of {one.name}"
+        shop.made.append(Artefact(name, what, "converted", folder, one.base, ("mlx",), one.name))
 
 
 def _of_family(shop: Workshop, family: str) -> None:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = ROOT / ".consumers"
 # A tiny model takes an engine a minute at most; an engine that has lost a request waits for it for ever.
 _PATIENCE = 600.0
+_AGAIN = "again"
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,17 @@ def ask(engine: Engine, work: Work, folder: Path) -> None:
         while pending:
             ended = _start(engine, replace(work, jobs=pending), folder)
             left = _pending(folder, pending)
-            if ended and left and (ended != "" and left == pending or not ended.startswith("again")):
+            if ended not in ("", _AGAIN) and left:
                 write_answer(folder, left[0].name, Answer(refusal=ended))
                 left = left[1:]
+            if left == pending:
+                raise RuntimeError(f"{engine.title} ended without a word on {left[0].name}; see {folder}/log.txt")
             pending = left
 
 
 def _processes(engine: Engine, jobs: Sequence[Job]) -> list[list[Job]]:
-    if engine.together:
-        return [[job for job in jobs if job.base == base] for base in dict.fromkeys(job.base for job in jobs)]
-    return [group for _, group in Work((), jobs).by_base()]
+    groups = [group for _, group in Work((), jobs).by_base()]
+    return [[job for group in groups for job in group]] if engine.together else groups
 
 
 def _pending(folder: Path, jobs: Sequence[Job]) -> list[Job]:
@@ -102,17 +104,17 @@ def _pending(folder: Path, jobs: Sequence[Job]) -> list[Job]:
 
 
 def _start(engine: Engine, work: Work, folder: Path) -> str:
-    """Run the engine's runner once; how it ended, if not well: `again`, or what to say of the job it was at."""
+    """Run the engine's runner once; how it ended, if not well: `_AGAIN`, or what to say of the job it was at."""
     path = folder / "work.json"
     work.write(path)
     command = [engine.python, "-m", f"consumers.{engine.module}", path, folder]
     with (folder / "log.txt").open("ab") as log:
         try:
-            done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, timeout=_PATIENCE, check=False)
+            done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, timeout=_PATIENCE + 10 * len(work.jobs), check=False)
         except subprocess.TimeoutExpired:
             return "the process hung"
     if done.returncode == AGAIN:
-        return "again"
+        return _AGAIN
     if done.returncode < 0:
         return f"the process crashed: {signal.Signals(-done.returncode).name}"
     return f"the process ended with status {done.returncode}" if done.returncode else ""
