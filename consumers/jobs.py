@@ -74,6 +74,7 @@ class Work:
 
 
 def answer_path(folder: Path, name: str, ending: str) -> Path:
+    """Where the answer to a job lies: `npy` has numbers, `txt` a refusal."""
     return folder / f"{name.replace('/', '--')}.{ending}"
 
 

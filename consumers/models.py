@@ -127,7 +127,9 @@ def _sentencepiece() -> bytes:
     message = b""
     for index, (text, kind) in enumerate(pieces):
         word = text.encode()
-        body = b"\x0a" + bytes([len(word)]) + word + b"\x15" + struct.pack("<f", -float(index)) + b"\x18" + bytes([kind])
+        body = (
+            b"\x0a" + bytes([len(word)]) + word + b"\x15" + struct.pack("<f", -float(index)) + b"\x18" + bytes([kind])
+        )
         message += b"\x0a" + bytes([len(body)]) + body
     return message
 

@@ -13,6 +13,7 @@ import runpy
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,20 @@ class ConversionError(Exception):
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Answer every job."""
     work, answers = Work.read(Path(arguments[0])), Path(arguments[1])
     sys.path.insert(0, str(_SOURCE))
     _know_our_tokenizers()
     with tempfile.TemporaryDirectory() as folder:
         for job in work.jobs:
-            attempt(answers, job.name, lambda job=job: _logprobs(job, work.prompts, Path(folder)))
+            attempt(answers, job.name, partial(_logprobs, job, work.prompts, Path(folder)))
 
 
 def _know_our_tokenizers() -> None:
-    """Converters know a byte-level tokenizer by a hash of what it makes of a text; that of an invented one is unknown."""
+    """Have invented byte-level tokenizers accepted: the converters know one by a hash of what it makes of a text."""
     from conversion.base import TextModel
 
-    TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+    TextModel.get_vocab_base_pre = lambda *_: "gpt-2"
 
 
 def _logprobs(job: Job, prompts: Sequence[Sequence[int]], folder: Path) -> LogProbs:

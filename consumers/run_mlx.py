@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,10 +19,11 @@ from consumers.jobs import Job, LogProbs, Work, attempt, log_softmax
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Answer every job."""
     work, answers = Work.read(Path(arguments[0])), Path(arguments[1])
     mx.set_default_device(mx.cpu)
     for job in work.jobs:
-        attempt(answers, job.name, lambda job=job: _logprobs(job, work.prompts))
+        attempt(answers, job.name, partial(_logprobs, job, work.prompts))
 
 
 def _logprobs(job: Job, prompts: Sequence[Sequence[int]]) -> LogProbs:

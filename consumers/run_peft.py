@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from consumers.jobs import Job, LogProbs, Work, attempt
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Answer every job."""
     work, answers = Work.read(Path(arguments[0])), Path(arguments[1])
     for job in work.jobs:
-        attempt(answers, job.name, lambda job=job: logprobs(_load(job), work.prompts))
+        attempt(answers, job.name, partial(_answer, job, work.prompts))
 
 
 def load(folder: str | Path) -> Any:
@@ -26,6 +28,10 @@ def load(folder: str | Path) -> Any:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def _answer(job: Job, prompts: Sequence[Sequence[int]]) -> LogProbs:
+    return logprobs(_load(job), prompts)
 
 
 def _load(job: Job) -> Any:

@@ -1,4 +1,4 @@
-"""What an adapter means: it is merged into the base's weights in float32 by this project, and transformers runs the result.
+"""What an adapter means: this project merges it into the base's weights in float32, and transformers runs the result.
 
 `python -m consumers.run_truth WORK ANSWERS`. The other road to the same numbers is `run_peft`, which leaves the adapter
 beside the weights; that both agree is one of the things to see.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,10 +20,11 @@ from consumers.run_peft import load, logprobs
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Answer every job."""
     work, answers = Work.read(Path(arguments[0])), Path(arguments[1])
     with tempfile.TemporaryDirectory() as folder:
         for job in work.jobs:
-            attempt(answers, job.name, lambda job=job: _merged(job, work.prompts, Path(folder)))
+            attempt(answers, job.name, partial(_merged, job, work.prompts, Path(folder)))
 
 
 def _merged(job: Job, prompts: Sequence[Sequence[int]], folder: Path) -> LogProbs:

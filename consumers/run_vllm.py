@@ -1,10 +1,11 @@
-"""The runner inside vLLM's environment: `python -m consumers.run_vllm WORK ANSWERS`, for the jobs of one checkpoint."""
+"""The runner inside vLLM's environment: `python -m consumers.run_vllm WORK ANSWERS`."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import numpy as np
 from consumers.jobs import AGAIN, Job, LogProbs, Work, attempt, is_sound, read_answer, refusal, write_answer
 
 # In this process, so that an error keeps its text; and no usage reports.
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Answer every job."""
     work, answers = Work.read(Path(arguments[0])), Path(arguments[1])
     for base, jobs in work.by_base():
         try:
@@ -24,9 +27,26 @@ def main(arguments: Sequence[str]) -> None:
         except Exception as error:
             for job in jobs:
                 write_answer(answers, job.name, refusal(error))
-            continue
+            _start_anew()
         for number, job in enumerate(jobs, 1):
             _answer(engine, job, number, work.prompts, answers)
+        _dismiss(engine)
+        del engine
+
+
+def _dismiss(engine: Any) -> None:
+    """End an engine before the next one begins: they share the groups of processes that talk to each other."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    engine.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+
+
+def _start_anew() -> None:
+    """Leave the rest to a new process, without the tidying that a broken engine may never finish."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(AGAIN)
 
 
 def _engine(base: str, with_adapters: bool, settings: dict[str, Any]) -> Any:
@@ -56,10 +76,9 @@ def _answer(engine: Any, job: Job, number: int, prompts: Sequence[Sequence[int]]
         except Exception as error:
             write_answer(answers, job.name, refusal(error))
             return
-    attempt(answers, job.name, lambda: _logprobs(engine, request, prompts))
+    attempt(answers, job.name, partial(_logprobs, engine, request, prompts))
     if not is_sound(read_answer(answers, job.name)):  # a request that failed stays in the queue, a NaN in the cache
-        sys.stdout.flush()
-        os._exit(AGAIN)
+        _start_anew()
     if request:
         engine.llm_engine.remove_lora(number)
 

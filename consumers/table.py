@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from consumers.artefacts import Artefact
 from consumers.engines import ENGINES, ENVIRONMENTS, ROOT, Engine
 from consumers.verdicts import BLIND, REFUSED, SAME, Outcome
+from consumers.workshop import Artefact
 
 _INTRODUCTION = """\
 # Consumers
@@ -21,10 +21,11 @@ engines, one virtual environment each below `.consumers/` (see [the end](#how-to
 Every model is a tiny one with random weights, stored in bfloat16 and computed in float32. A number is the largest
 difference, in nats, of any log-probability of the token after any of six prompts, from the reference: transformers on
 the base with the adapter merged into it in float32, and where an adapter cannot be merged, PEFT. Up to the tolerance
-of the engine it counts as the same. **Bold** is silently wrong: the engine loads it, says nothing, and computes something else.
+of the engine it counts as the same. **Bold** is silently wrong: the engine loads it, says nothing, and computes
+something else.
 
-`surgery lint --for ENGINE` was asked about each beforehand. Behind what does not work stands the rule that said so; "not
-foretold" marks a fault that lint missed, and "lint warns in vain" one that it saw where there is none."""
+`surgery lint --for ENGINE` was asked about each beforehand. Behind what does not work stands the rule that said so;
+"not foretold" marks a fault that lint missed, and "lint warns in vain" one that it saw where there is none."""
 
 _SECTIONS = (
     ("written", True, "Adapters that this project writes"),
@@ -88,7 +89,7 @@ def page(
 
 
 def _summary(outcomes: Sequence[Outcome], engines: Sequence[Engine]) -> Iterator[str]:
-    yield "| engine | the same | refused | silently wrong | of these not foretold | warned in vain | other kind than foretold |"
+    yield "| engine | the same | refused | silently wrong | not foretold | warned in vain | of the other kind |"
     yield "|---|---|---|---|---|---|---|"
     for engine in engines:
         mine = [outcome for outcome in outcomes if outcome.engine == engine.name]
@@ -96,7 +97,9 @@ def _summary(outcomes: Sequence[Outcome], engines: Sequence[Engine]) -> Iterator
         refused = [outcome for outcome in mine if outcome.what == REFUSED]
         missed = [outcome for outcome in mine if outcome.what != SAME and not outcome.agreed]
         vain = [outcome for outcome in same if not outcome.agreed]
-        other = [outcome for outcome in mine if outcome.agreed and not outcome.same_kind and outcome.artefact not in BLIND]
+        other = [
+            outcome for outcome in mine if outcome.agreed and not outcome.same_kind and outcome.artefact not in BLIND
+        ]
         counts = (len(same), len(refused), len(mine) - len(same) - len(refused), len(missed), len(vain), len(other))
         yield f"| {engine.title} | " + " | ".join(map(str, counts)) + " |"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 import surgery
-from consumers.artefacts import Artefact
 from consumers.engines import Engine
 from consumers.jobs import Answer, LogProbs, is_sound
+from consumers.workshop import Artefact
 from surgery.errors import SurgeryError
 
 SAME, WRONG, REFUSED = "same", "silently wrong", "refused"
@@ -99,5 +99,7 @@ def lint_all(path: Path, base: Path | None, consumers: Sequence[str]) -> dict[st
         report = surgery.lint(path, consumers=tuple(consumers), base=base)
     except SurgeryError as error:
         return dict.fromkeys(consumers, (REFUSED, (type(error).__name__,)))
-    rules = {name: tuple(dict.fromkeys(one.rule for one in report.findings if one.consumer == name)) for name in consumers}
+    rules = {
+        name: tuple(dict.fromkeys(one.rule for one in report.findings if one.consumer == name)) for name in consumers
+    }
     return {name: (report.verdicts[name], rules[name]) for name in consumers}
