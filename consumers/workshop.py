@@ -1,0 +1,82 @@
+"""What there is to load, and the folders in which it is made."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from consumers import models
+
+Write = Callable[[Path], object]
+"""Makes an artefact at a path where nothing is yet."""
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """Something to load.
+
+    Attributes:
+        name: `family/artefact`.
+        what: how it came to be, for the table.
+        group: `written` by this project, `trained` by PEFT, or made to be `refused`.
+        path: its folder.
+        base: the checkpoint that an adapter acts on; for a checkpoint, itself.
+        engines: the only ones to give it to; none for all.
+        means: the artefact that says the same, where this one's format is not PEFT's.
+    """
+
+    name: str
+    what: str
+    group: str
+    path: Path
+    base: Path
+    engines: tuple[str, ...] = ()
+    means: str = ""
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.path != self.base
+
+
+class Workshop:
+    """Makes artefacts in a folder: `bases/`, `tuned/`, `all/` (everything tuned), `adapters/`, `checkpoints/`."""
+
+    def __init__(self, root: Path, only: str = "") -> None:
+        self.root, self.only = root, only
+        self.made: list[Artefact] = []
+
+    def base(self, family: str) -> Path:
+        return self._model("bases", family, lambda: models.make(family))
+
+    def base32(self, family: str) -> Path:
+        """The same weights in float32, to be merged into without rounding."""
+        return self._model("bases32", family, lambda: models.make(family), torch.float32)
+
+    def tuned(self, family: str) -> Path:
+        return self._model("tuned", family, lambda: models.fine_tune(models.make(family)))
+
+    def tuned_throughout(self, family: str) -> Path:
+        return self._model("all", family, lambda: models.fine_tune(models.make(family), everything=True))
+
+    def _model(self, kind: str, family: str, make: Callable[[], Any], dtype: torch.dtype = torch.bfloat16) -> Path:
+        folder = self.root / kind / family
+        return folder if folder.exists() else models.save(make(), folder, dtype)
+
+    def add(self, group: str, name: str, what: str, write: Write, base: Path | None = None) -> Path | None:
+        """Let `write` make the artefact, in a fresh folder of its own."""
+        if self.only not in name:
+            return None
+        folder = self.root / ("adapters" if base else "checkpoints") / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            write(folder)
+        self.made.append(Artefact(name, what, group, folder, base or folder))
+        return folder
