@@ -225,7 +225,7 @@ def _other_names(adapters: Sequence[Adapter]) -> list[str]:
         if fused := sorted(here & single):
             problems.append(
                 f"{adapters[one].label} has {fused[0]!r} in one stack and {adapters[other].label} has parts of it one "
-                "by one; bring them into one form first."
+                "by one; bring them into one form with `surgery convert --experts`."
             )
     return problems
 

@@ -494,6 +494,18 @@ def test_other_names_for_a_module_are_seen(two: list[Path]) -> None:
     _refused(MismatchError, f"{two[0]} calls a module 'm.0' and {two[1]} calls it 'trunk.m.0'", *two)
 
 
+def test_one_stack_and_single_experts_are_told_apart(tmp_path: Path) -> None:
+    """They would become wrappers around the same weights, which PEFT does not load."""
+    down = ["mlp.experts.down_proj"]
+    (stack,) = adapters(tmp_path, config(target_modules=[], target_parameters=down), family="mixtral")
+    single = square_adapter(tmp_path / "b", 1, 12, 3)
+    tensors = load_file(single / "adapter_model.safetensors")
+    renamed = {key.replace("m.0", "model.layers.0.mlp.experts.2.w2"): tensor for key, tensor in tensors.items()}
+    save_file(renamed, single / "adapter_model.safetensors")
+    sentence = f"{stack} has 'model.layers.0.mlp.experts' in one stack and {single} has parts of it one by one"
+    _refused(MismatchError, sentence, stack, single)
+
+
 def test_a_rank_that_the_config_does_not_give_is_refused(two: list[Path]) -> None:
     _edit(two[1], r=5)
     _refused(MismatchError, "'m.0' has rank 3, which adapter_config.json does not give it.", *two)
