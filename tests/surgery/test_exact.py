@@ -150,7 +150,7 @@ CHANGES: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_else_a_fine_tune_may_be_comes_back(change: str, tmp_path: Path) -> None:
     base, tuned = variant(tmp_path, CHANGES[change])
-    round_trip(base, tuned, tmp_path)
+    round_trip(base, tuned, tmp_path, allow_nonfinite=True)
 
 
 def test_nan_in_factored_weights_comes_back(tmp_path: Path) -> None:
