@@ -43,7 +43,8 @@ def main(arguments: Sequence[str]) -> int:
     work = ENVIRONMENTS / "work"
     if not options.keep:
         shutil.rmtree(work, ignore_errors=True)
-    artefacts = make_all(work, options.only)
+    shop = make_all(work, options.only)
+    artefacts = shop.made
     prompts = _prompts()
     _ask(TRUTH, artefacts, prompts, work)
     for engine in engines:
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.docs:
         versions = {engine.name: engine.versions() for engine in engines}
         seconds = time.monotonic() - started
-        (ROOT / "docs" / "consumers.md").write_text(page(artefacts, outcomes, versions, _cost(seconds)))
+        (ROOT / "docs" / "consumers.md").write_text(page(shop, outcomes, versions, _cost(seconds)))
     return int(not all(outcome.agreed for outcome in outcomes.values()))
 
 
@@ -97,7 +98,8 @@ def _outcomes(artefacts: Sequence[Artefact], engines: Sequence[Engine], work: Pa
         linted = lint_all(one.path, one.base if one.is_adapter else None, [engine.name for engine in asked])
         meaning = one.means or one.name
         truth, unmerged = (read_answer(_answers(work, engine), meaning) for engine in (TRUTH, peft))
-        right = reference(truth, unmerged)
+        untouched = read_answer(_answers(work, TRUTH), f"{one.name.partition('/')[0]}/saved")
+        right = reference(truth, unmerged, untouched, one.group == "trained")
         for engine in asked:
             outcome = _outcome(one, engine, right, linted[engine.name], work)
             outcomes[one.name, engine.name] = outcome

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from consumers import damaged, trained, written
-from consumers.workshop import Artefact, Workshop
+from consumers.workshop import Workshop
 
 
-def make_all(root: Path, only: str = "") -> list[Artefact]:
+def make_all(root: Path, only: str = "") -> Workshop:
     """Make every artefact whose name contains `only`, below `root`."""
     shop = Workshop(root, only)
     written.make_adapters(shop)
@@ -17,4 +17,4 @@ def make_all(root: Path, only: str = "") -> list[Artefact]:
     damaged.make_adapters(shop)
     damaged.make_checkpoints(shop)
     written.make_converted(shop)
-    return shop.made
+    return shop

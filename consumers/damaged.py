@@ -209,8 +209,8 @@ def make_checkpoints(shop: Workshop) -> None:
         ("qwen3_moe/checkpoint-some-dense", "some layers dense", _some_dense),
     ):
         shop.add("refused", name, what, write)
-    for family in ("llama", "mixtral", "qwen3_moe", "gemma2"):
-        write = partial(_older_config, shop.base(family))
+    for family in ("llama", "qwen2", "mixtral", "qwen3_moe"):
+        write = partial(models.older_config, shop.base(family))
         shop.add("trained", f"{family}/saved-older", "the same with a config of transformers 4", write)
 
 
@@ -220,14 +220,3 @@ def _without_tokenizer(base: Path) -> Write:
 
 def _some_dense(out: Path) -> None:
     models.save(models.make("qwen3_moe", mlp_only_layers=[0]), out)
-
-
-def _older_config(base: Path, out: Path) -> None:
-    """`rope_theta`, `num_experts` and `torch_dtype` beside the newer spellings."""
-    shutil.copytree(base, out)
-    config = json.loads((out / "config.json").read_text())
-    rope = config.get("rope_parameters", {})
-    config |= {"rope_theta": rope.get("rope_theta", 10000.0), "torch_dtype": config.get("dtype", "bfloat16")}
-    if "num_local_experts" in config:
-        config.setdefault("num_experts", config["num_local_experts"])
-    (out / "config.json").write_text(json.dumps(config))

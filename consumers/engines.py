@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from consumers.jobs import AGAIN, Answer, Job, Work, read_answer, write_answer
+from consumers.jobs import AGAIN, NATIVE, Answer, Job, Work, read_answer, write_answer
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = ROOT / ".consumers"
@@ -30,6 +30,7 @@ class Engine:
         tolerance: largest difference of a log-probability that counts as the same.
         environment: the virtual environment below `.consumers`; none for our own.
         retries: pieces of a refusal, with the settings under which to ask again.
+        unfit: pieces of an error that says nothing of the artefact: this build of the engine cannot do such things.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Engine:
     tolerance: float
     environment: str = ""
     retries: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    unfit: tuple[str, ...] = ()
 
     @property
     def python(self) -> Path:
@@ -66,6 +68,7 @@ ENGINES = (
         1e-5,
         "vllm",
         retries={"max_lora_rank": {"max_lora_rank": 512}},
+        unfit=("triton.language",),
     ),
     Engine("llama.cpp", "llama.cpp", "run_llama_cpp", ("llama-cpp-python", "transformers"), 5e-3, "llama.cpp"),
     Engine("mlx", "MLX", "run_mlx", ("mlx-lm", "mlx-cpu"), 1e-5, "mlx"),
@@ -109,5 +112,12 @@ def _start(engine: Engine, work: Work, folder: Path) -> str:
     if done.returncode == AGAIN:
         return _AGAIN
     if done.returncode < 0:
-        return f"the process crashed: {signal.Signals(-done.returncode).name}"
+        return f"the process crashed: {signal.Signals(-done.returncode).name}{_last_words(folder / NATIVE)}"
     return f"the process ended with status {done.returncode}" if done.returncode else ""
+
+
+def _last_words(native: Path) -> str:
+    """Of a crash, what compiled code had said about it."""
+    lines = native.read_text(errors="replace").splitlines() if native.exists() else []
+    telling = [line for line in lines if any(word in line for word in ("ASSERT", "error", "failed"))]
+    return "".join(f"; {line.rpartition('/')[2]}" for line in telling[-2:])

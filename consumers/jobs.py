@@ -19,6 +19,8 @@ LogProbs = NDArray[np.float32]
 """Log-probabilities of the token after each prompt, [prompts, V]."""
 AGAIN = 75
 """Exit status of a runner that wants to be started anew for the jobs it has not come to."""
+NATIVE = "native.log"
+"""File beside the answers in which a runner may catch what compiled code prints on one job."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,9 @@ def make(family: str, seed: int = 0, **settings: Any) -> Any:
     model = getattr(transformers, class_name)(config).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() < 2:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-            elif "embed" in name or "wte" in name or "wpe" in name:
-                parameter.normal_(std=0.3, generator=generator)
             else:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
         model.tie_weights()
@@ -117,12 +116,14 @@ def save(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16, **option
 
 
 def _sentencepiece() -> bytes:
-    """A SentencePiece model of `VOCABULARY` pieces: three special ones and invented words.
+    """A SentencePiece model of `VOCABULARY` pieces: three special ones, the bytes, and invented words.
 
-    It is a protobuf message; field 1 repeats a piece, which is a string (1), a score (2) and a type (3).
+    It is a protobuf message. Field 1 repeats a piece, which is a string (1), a score (2) and a type (3); field 2 says
+    how it was trained: that bytes stand in for what no piece covers (35).
     """
-    normal, unknown, control = 1, 2, 3
+    normal, unknown, control, byte = 1, 2, 3, 6
     pieces = [("<unk>", unknown), ("<s>", control), ("</s>", control)]
+    pieces += [(f"<0x{value:02X}>", byte) for value in range(256)]
     pieces += [(f"\u2581w{index}", normal) for index in range(VOCABULARY - len(pieces))]
     message = b""
     for index, (text, kind) in enumerate(pieces):
@@ -131,7 +132,19 @@ def _sentencepiece() -> bytes:
             b"\x0a" + bytes([len(word)]) + word + b"\x15" + struct.pack("<f", -float(index)) + b"\x18" + bytes([kind])
         )
         message += b"\x0a" + bytes([len(body)]) + body
-    return message
+    return message + b"\x12\x03\x98\x02\x01"
+
+
+def older_config(base: Path, folder: Path) -> Path:
+    """A copy of a checkpoint whose config has the spellings of transformers 4 beside those of 5."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    rope = config.get("rope_parameters") or {}
+    config |= {"rope_theta": rope.get("rope_theta", 10000.0), "torch_dtype": config.get("dtype", "bfloat16")}
+    if "num_local_experts" in config:
+        config.setdefault("num_experts", config["num_local_experts"])
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def _byte_level(folder: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from consumers.jobs import Job, LogProbs, Work, attempt, log_softmax
+from consumers.jobs import NATIVE, Job, LogProbs, Work, attempt, log_softmax
 
 _SOURCE = Path(sys.prefix) / "source" / "vendor" / "llama.cpp"
 _FLOAT32 = 0  # ggml's number for the type
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
     _know_our_tokenizers()
     with tempfile.TemporaryDirectory() as folder:
         for job in work.jobs:
-            attempt(answers, job.name, partial(_logprobs, job, work.prompts, Path(folder)))
+            attempt(answers, job.name, partial(_logprobs, job, work.prompts, Path(folder), answers))
 
 
 def _know_our_tokenizers() -> None:
@@ -46,7 +46,7 @@ def _know_our_tokenizers() -> None:
     TextModel.get_vocab_base_pre = lambda *_: "gpt-2"
 
 
-def _logprobs(job: Job, prompts: Sequence[Sequence[int]], folder: Path) -> LogProbs:
+def _logprobs(job: Job, prompts: Sequence[Sequence[int]], folder: Path, answers: Path) -> LogProbs:
     model, adapter = folder / f"{Path(job.base).name}-{abs(hash(job.base))}.gguf", None
     if not model.exists():
         _convert("convert_hf_to_gguf.py", job.base, "--outfile", model, "--outtype", "f32")
@@ -54,7 +54,7 @@ def _logprobs(job: Job, prompts: Sequence[Sequence[int]], folder: Path) -> LogPr
         adapter = folder / "adapter.gguf"
         adapter.unlink(missing_ok=True)
         _convert("convert_lora_to_gguf.py", "--base", job.base, job.adapter, "--outfile", adapter, "--outtype", "f32")
-    return _run(model, adapter, prompts)
+    return _run(model, adapter, prompts, answers)
 
 
 def _convert(script: str, *arguments: str | Path) -> None:
@@ -85,10 +85,10 @@ class _Record(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def _run(model: Path, adapter: Path | None, prompts: Sequence[Sequence[int]]) -> LogProbs:
+def _run(model: Path, adapter: Path | None, prompts: Sequence[Sequence[int]], folder: Path) -> LogProbs:
     import llama_cpp
 
-    with _stderr() as said:
+    with _stderr(folder) as said:
         try:
             engine: Any = llama_cpp.Llama(
                 str(model),
@@ -114,9 +114,9 @@ def _run(model: Path, adapter: Path | None, prompts: Sequence[Sequence[int]]) ->
 
 
 @contextlib.contextmanager
-def _stderr() -> Iterator[Any]:
-    """Catch what C code prints to stderr; gives a function that returns it so far."""
-    with tempfile.TemporaryFile("w+") as file:
+def _stderr(folder: Path) -> Iterator[Any]:
+    """Catch what C code prints to stderr, in a file that outlives a crash; gives a function that returns it so far."""
+    with (folder / NATIVE).open("w+", errors="replace") as file:
         kept = os.dup(2)
         os.dup2(file.fileno(), 2)
 

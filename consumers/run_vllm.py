@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -22,16 +22,23 @@ def main(arguments: Sequence[str]) -> None:
     """Answer every job."""
     work, answers = Work.read(Path(arguments[0])), Path(arguments[1])
     for base, jobs in work.by_base():
-        try:
-            engine = _engine(base, any(job.adapter for job in jobs), work.settings)
-        except Exception as error:
-            for job in jobs:
-                write_answer(answers, job.name, refusal(error))
-            _start_anew()
-        for number, job in enumerate(jobs, 1):
-            _answer(engine, job, number, work.prompts, answers)
-        _dismiss(engine)
-        del engine
+        _run(base, [job for job in jobs if not job.adapter], work, answers)
+        _run(base, [job for job in jobs if job.adapter], work, answers)
+
+
+def _run(base: str, jobs: Sequence[Job], work: Work, answers: Path) -> None:
+    """Answer jobs that need the same engine: with adapters, or without."""
+    if not jobs:
+        return
+    try:
+        engine = _engine(base, jobs[0].adapter is not None, work.settings)
+    except Exception as error:
+        for job in jobs:
+            write_answer(answers, job.name, refusal(error))
+        _start_anew()
+    for number, job in enumerate(jobs, 1):
+        _answer(engine, job, number, work.prompts, answers)
+    _dismiss(engine)
 
 
 def _dismiss(engine: Any) -> None:
@@ -42,7 +49,7 @@ def _dismiss(engine: Any) -> None:
     cleanup_dist_env_and_memory()
 
 
-def _start_anew() -> None:
+def _start_anew() -> NoReturn:
     """Leave the rest to a new process, without the tidying that a broken engine may never finish."""
     sys.stdout.flush()
     sys.stderr.flush()

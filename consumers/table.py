@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from consumers.engines import ENGINES, ENVIRONMENTS, ROOT, Engine
-from consumers.verdicts import BLIND, REFUSED, SAME, Outcome
-from consumers.workshop import Artefact
+from consumers.verdicts import BLIND, REFUSED, SAME, UNTRIED, Outcome
+from consumers.workshop import Artefact, Workshop
 
 _INTRODUCTION = """\
 # Consumers
@@ -56,19 +56,19 @@ python -m consumers --only qwen3    # what has `qwen3` in its name, with the eng
   differences of about 3e-3, hence the tolerance. The converters know byte-level tokenizers by a hash; for the invented
   ones of GPT-2 and GPT-NeoX here that check is answered with `gpt-2`.
 - MLX is mlx-lm on its CPU build for Linux.
+- "not run": adapters of experts, and any adapter on some mixtures of experts, need Triton in vLLM, which its CPU build
+  lacks.
 - A tokenizer takes no part: prompts are token ids.
 - Not run: SGLang, LoRAX, TensorRT-LLM and Ollama. None has a package that runs on a CPU and installs with pip. Lint's
   rules on SGLang and LoRAX come from reading their sources, and nothing here proves them.
 - Models of real size, quantised bases, GPU kernels and tensor parallelism were not tried either."""
 
 
-def page(
-    artefacts: Sequence[Artefact], outcomes: Mapping[tuple[str, str], Outcome], versions: Mapping[str, str], cost: str
-) -> str:
+def page(shop: Workshop, outcomes: Mapping[tuple[str, str], Outcome], versions: Mapping[str, str], cost: str) -> str:
     """The whole page.
 
     Args:
-        artefacts: in the order to list them.
+        shop: the artefacts, in the order to list them.
         outcomes: by artefact and engine.
         versions: of each engine that ran.
         cost: a sentence on time and disk.
@@ -78,10 +78,13 @@ def page(
     lines += [f"| {engine.title} | {versions[engine.name]} | {engine.tolerance:.0e} |" for engine in engines]
     lines += ["", *_summary(list(outcomes.values()), engines)]
     for group, adapters, title in _SECTIONS:
-        rows = [one for one in artefacts if one.group == group and one.is_adapter == adapters]
+        rows = [one for one in shop.made if one.group == group and one.is_adapter == adapters]
         shown = [engine for engine in engines if any((one.name, engine.name) in outcomes for one in rows)]
         if rows and shown:
             lines += ["", f"## {title}", "", *_table(rows, shown, outcomes)]
+            if group == "converted" and shop.unconverted:
+                lines += ["", "`convert --to mlx` refuses the others, mostly for want of a place in MLX's format:", ""]
+                lines += [f"- {name}: {tidy(text)}" for name, text in shop.unconverted.items()]
     lines += ["", "## In their own words", "", "The errors with which something was refused.", ""]
     for engine in engines:
         lines += _words(engine, [outcome for (_, name), outcome in outcomes.items() if name == engine.name])
@@ -92,7 +95,7 @@ def _summary(outcomes: Sequence[Outcome], engines: Sequence[Engine]) -> Iterator
     yield "| engine | the same | refused | silently wrong | not foretold | warned in vain | of the other kind |"
     yield "|---|---|---|---|---|---|---|"
     for engine in engines:
-        mine = [outcome for outcome in outcomes if outcome.engine == engine.name]
+        mine = [outcome for outcome in outcomes if outcome.engine == engine.name and outcome.what != UNTRIED]
         same = [outcome for outcome in mine if outcome.what == SAME]
         refused = [outcome for outcome in mine if outcome.what == REFUSED]
         missed = [outcome for outcome in mine if outcome.what != SAME and not outcome.agreed]
@@ -119,14 +122,20 @@ def cell(outcome: Outcome | None) -> str:
     if outcome is None:
         return ""
     if outcome.what == SAME:
-        text = f"{outcome.difference:.0e}" + (f" with `{outcome.setting}`" if outcome.setting else "")
+        text = (
+            f"{outcome.difference:.0e}"
+            + (f" ({outcome.text})" if outcome.text else "")
+            + (f" with `{outcome.setting}`" if outcome.setting else "")
+        )
         return text if outcome.agreed else f"{text}; lint warns in vain: {_rules(outcome)}"
+    if outcome.what == UNTRIED:
+        return "not run"
     if outcome.what == REFUSED:
         text = "refused"
     else:
         text = "**loads**" if outcome.difference is None else f"**{outcome.difference:.1g}**"
     if outcome.artefact in BLIND:
-        return f"{text}; lint reads no values"
+        return f"{text}; {BLIND[outcome.artefact]}"
     return f"{text} {_rules(outcome)}" if outcome.agreed else f"{text}; not foretold"
 
 

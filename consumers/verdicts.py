@@ -14,9 +14,17 @@ from consumers.jobs import Answer, LogProbs, is_sound
 from consumers.workshop import Artefact
 from surgery.errors import SurgeryError
 
-SAME, WRONG, REFUSED = "same", "silently wrong", "refused"
-# Faults that no header shows. Lint reads headers and configs alone; push and merge read the numbers.
-BLIND = ("llama/nan",)
+SAME, WRONG, REFUSED, UNTRIED = "same", "silently wrong", "refused", "untried"
+# What lint cannot see, and why. It reads headers and configs alone; `push` and `merge` read the numbers.
+_UNLISTED = "lint has no list of a family's tensors"
+BLIND = {
+    "llama/nan": "lint reads no values",
+    "llama/checkpoint-extra": _UNLISTED,
+    "llama/checkpoint-missing": _UNLISTED,
+    "llama/checkpoint-biases": _UNLISTED,
+}
+# Where an engine computes a family a little differently from transformers, whatever the checkpoint.
+OWN = {("mlx", "gemma"): (2e-3, "its GELU is not transformers' tanh")}
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Outcome:
     Attributes:
         artefact: its name.
         engine: the engine's name.
-        what: `same`, `silently wrong` or `refused`.
+        what: `same`, `silently wrong`, `refused`, or `untried` where the engine cannot be run on this at all.
         difference: largest difference of a log-probability from the reference, in nats; None if one of them has none.
         text: why it was refused, or what is odd.
         setting: what the engine had to be told, beyond its defaults.
@@ -46,7 +54,7 @@ class Outcome:
     @property
     def agreed(self) -> bool:
         """Whether lint let pass what works, and named what does not."""
-        if self.artefact in BLIND:
+        if self.what == UNTRIED or self.artefact in BLIND:
             return True
         if self.setting:
             return bool(self.rules)
@@ -55,22 +63,37 @@ class Outcome:
     @property
     def same_kind(self) -> bool:
         """Whether lint also told refusals from silent faults."""
-        return self.what == SAME or self.what == self.lint
+        return self.what in (SAME, UNTRIED, self.lint)
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
 
 
-def reference(truth: Answer | None, peft: Answer | None) -> LogProbs | None:
-    """What an artefact means, if anything.
+def reference(truth: Answer | None, peft: Answer | None, untouched: Answer | None, by_peft: bool) -> LogProbs | None:
+    """What an artefact means, if anything: there is no right reading of a damaged one.
 
-    That is what its merged weights say; PEFT decides on adapters that cannot be merged; no reading is right for one
-    that is damaged.
+    Args:
+        truth: of its weights, merged.
+        peft: of PEFT, which decides on adapters that it wrote and that cannot be merged.
+        untouched: of the base; PEFT's answer if it loaded nothing, which then has no say.
+        by_peft: whether PEFT wrote it.
     """
-    if truth is not None and truth.logprobs is not None:
-        return truth.logprobs if is_sound(truth) else None
-    unmergeable = truth is not None and truth.refusal.startswith("UnsupportedError")
-    return peft.logprobs if unmergeable and peft is not None and is_sound(peft) else None
+    decides = by_peft or (truth is not None and truth.refusal.startswith("UnsupportedError"))
+    unmerged = _numbers(peft)
+    if unmerged is None or _near(unmerged, _numbers(untouched)):
+        return _numbers(truth)
+    merged = _numbers(truth)
+    if merged is None:
+        return unmerged if decides else None
+    return merged if _near(unmerged, merged) else None
+
+
+def _numbers(answer: Answer | None) -> LogProbs | None:
+    return answer.logprobs if is_sound(answer) and answer is not None else None
+
+
+def _near(left: LogProbs, right: LogProbs | None) -> bool:
+    return right is not None and float(np.abs(left - right).max()) < 1e-3
 
 
 def judge(
@@ -79,14 +102,16 @@ def judge(
     """Compare an engine's answer with the reference and with lint."""
     difference, text = None, answer.refusal
     if answer.logprobs is None:
-        what = REFUSED
+        what = UNTRIED if any(words in answer.refusal for words in engine.unfit) else REFUSED
     elif right is None:
         what, text = WRONG, "loads, though nobody can say what it means"
     elif not is_sound(answer):
         what, text = WRONG, "NaN"
     else:
         difference = float(np.abs(answer.logprobs - right).max())
-        what = SAME if difference <= engine.tolerance else WRONG
+        tolerance, text = OWN.get((engine.name, artefact.name.partition("/")[0]), (engine.tolerance, ""))
+        what = SAME if difference <= tolerance else WRONG
+        text = text if difference > engine.tolerance else ""
     return Outcome(artefact.name, engine.name, what, difference, text, setting, *lint)
 
 

@@ -45,11 +45,17 @@ class Artefact:
 
 
 class Workshop:
-    """Makes artefacts in a folder: `bases/`, `tuned/`, `all/` (everything tuned), `adapters/`, `checkpoints/`."""
+    """Makes artefacts in a folder: `bases/`, `tuned/`, `all/` (everything tuned), `adapters/`, `checkpoints/`.
+
+    Attributes:
+        made: what there is so far.
+        unconverted: adapters that `convert --to mlx` refuses, with what it says.
+    """
 
     def __init__(self, root: Path, only: str = "") -> None:
         self.root, self.only = root, only
         self.made: list[Artefact] = []
+        self.unconverted: dict[str, str] = {}
 
     def base(self, family: str) -> Path:
         return self._model("bases", family, lambda: models.make(family))
@@ -57,6 +63,11 @@ class Workshop:
     def base32(self, family: str) -> Path:
         """The same weights in float32, to be merged into without rounding."""
         return self._model("bases32", family, lambda: models.make(family), torch.float32)
+
+    def older(self, family: str) -> Path:
+        """The base with a config that mlx-lm, too, understands in full."""
+        folder = self.root / "older" / family
+        return folder if folder.exists() else models.older_config(self.base(family), folder)
 
     def tuned(self, family: str) -> Path:
         return self._model("tuned", family, lambda: models.fine_tune(models.make(family)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +112,14 @@ def _merge_and_subtract(base: Path, adapter: Path, out: Path) -> None:
 def make_converted(shop: Workshop) -> None:
     """What `convert --to mlx` makes of every adapter that we or PEFT write."""
     for one in [one for one in shop.made if one.is_adapter and one.group in ("written", "trained")]:
-        folder = one.path.with_name(f"mlx-{one.path.name}")
+        family = one.name.partition("/")[0]
+        folder, base = one.path.with_name(f"mlx-{one.path.name}"), shop.older(family)
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            surgery.convert(one.path, to="mlx", base=one.base, output=folder)
+            surgery.convert(one.path, to="mlx", base=base, output=folder)
         except surgery.SurgeryError as error:
-            print(f"convert --to mlx refuses {one.name}: {error}", file=sys.stderr)
+            shop.unconverted[one.name] = "; ".join(error.problems[:1]) or str(error)
             continue
-        name = f"{one.name.partition('/')[0]}/{folder.name}"
+        name = f"{family}/{folder.name}"
         what = f"`convert --to mlx` of {one.name}"
-        shop.made.append(Artefact(name, what, "converted", folder, one.base, ("mlx",), one.name))
+        shop.made.append(Artefact(name, what, "converted", folder, base, ("mlx",), one.name))
