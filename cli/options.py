@@ -111,6 +111,7 @@ def _resumable(command: Command) -> Command:
         except KeyboardInterrupt as error:
             from surgery.writer import staging_folder
 
+            click.echo(err=True)  # as click does: the terminal has just shown ^C
             raise Interrupted(staging_folder(Path(output))) from error
 
     return cast("Command", run)

@@ -84,7 +84,7 @@ def _shares(shares: Mapping[str, Share]) -> list[tuple[str, ...]]:
 
 
 def _origin(origin: Origin | None) -> list[tuple[str, str]]:
-    """Such as `merge of base with adapter=0.5`: the first input is what was worked on, the rest what with."""
+    """Such as `merge of base with adapter=0.5`, or `extract from base, tuned`."""
     if origin is None:
         return []
     names = []
@@ -92,8 +92,9 @@ def _origin(origin: Origin | None) -> list[tuple[str, str]]:
         revision = f"@{item.revision}" if item.revision else ""
         weight = "" if item.weight in (None, 1) else f"={item.weight:g}"
         names.append(f"{item.source}{revision}{weight}")
-    what = f" of {names[0]}" if names else ""
-    return [("made by", origin.operation + what + (f" with {', '.join(names[1:])}" if names[1:] else ""))]
+    if origin.operation == "merge" and len(names) > 1:
+        return [("made by", f"merge of {names[0]} with {', '.join(names[1:])}")]
+    return [("made by", f"{origin.operation} from {', '.join(names)}" if names else origin.operation)]
 
 
 def _tensors(console: Console, report: CheckpointReport | AdapterReport) -> None:

@@ -262,7 +262,7 @@ def test_an_interrupt_is_130_and_the_same_command_resumes(tmp_path: Path) -> Non
     assert process.returncode == 130
     assert printed == ""
     partial = tmp_path / ".out.partial"
-    assert errors == f"Interrupted. What is done is in {partial}; the same command goes on from there.\n"
+    assert errors == f"\nInterrupted. What is done is in {partial}; the same command goes on from there.\n"
     assert not (tmp_path / "out").exists()
     again = run_cli(*arguments)
     assert again.returncode == 0
@@ -285,7 +285,7 @@ def test_an_interrupt_before_there_is_anything_to_resume(
     monkeypatch.setattr(surgery, command, interrupted)
     target = ["-o", str(tmp_path / "out")] if command == "merge" else []
     assert run([command, "base", "adapter", *target]) == 130
-    assert capsys.readouterr().err == "Interrupted.\n"
+    assert capsys.readouterr().err == "\nInterrupted.\n"
 
 
 # JSON and quiet -------------------------------------------------------------------------------------------------------
