@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 import surgery
-from surgery.cli.options import Count, Rank, Size, device, restoring, writing
+from surgery.cli.options import LEAST_SHARD, SHARDS, Count, Rank, Size, device, listing, restoring, writing
 from surgery.cli.progress import make_progress
 
 
@@ -24,13 +24,14 @@ Examples:
 @click.argument("tuned", metavar="TUNED", type=click.Path())
 @click.option("--rank", type=Rank(), metavar="N|best", help="Rank of every module (best: see --exact).  [default: 16]")
 @click.option("--energy", type=click.FloatRange(0, 1, min_open=True), help="Keep this share of each change instead.")
-@click.option("--budget", type=Count(), help="Share out this many parameters instead, for the least total error.")
+@click.option("--budget", type=Count(), help="Total parameters, such as 18M, spread over modules for the least error.")
 @click.option("--max-rank", type=click.IntRange(1), help="Bound on the ranks that --energy and --budget choose.")
 @click.option(
     "--targets",
     default="all-linear",
     show_default=True,
-    help="Comma-separated: attention, mlp, experts, router, embeddings, head, a suffix such as q_proj, or re:PATTERN.",
+    help="Comma-separated: all-linear, attention, mlp, experts, router, embeddings, head, convolutions, a suffix such "
+    "as q_proj, or re:PATTERN.",
 )
 @click.option(
     "--method",
@@ -44,7 +45,7 @@ Examples:
     type=click.Choice(["float32", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="Of the factors; for bfloat16 the second is refitted to the rounded first.",
+    help="How the factors are stored; bfloat16 halves the size.",
 )
 @click.option(
     "--exact",
@@ -58,10 +59,10 @@ Examples:
 @click.option("--any-base", is_flag=True, help="Extract even if BASE does not look like the base of TUNED.")
 @click.option("--base-name", metavar="NAME", help="What the adapter calls its base.  [default: its id or folder]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the randomised SVD.")
-@click.option("--all-modules", is_flag=True, help="List every module, however many there are.")
+@listing("module")
 @device("auto")
 @writing
-def extract(base: str, tuned: str, all_modules: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+def extract(base: str, tuned: str, every: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Extract a LoRA adapter from the difference of two checkpoints.
 
     Factors TUNED - BASE by truncated SVD, module by module, and says what that loses. Norms, biases, embeddings and
@@ -70,7 +71,7 @@ def extract(base: str, tuned: str, all_modules: bool, as_json: bool, quiet: bool
     from surgery.cli import render
 
     report = surgery.extract(base, tuned, progress=make_progress(quiet), **options)
-    render.show(report, lambda console: render.extraction(console, report, all_modules), as_json, quiet)
+    render.present(report, as_json, quiet, every)
 
 
 @click.command(
@@ -91,7 +92,7 @@ def restore(base: str, adapter: str, as_json: bool, quiet: bool, **options: Any)
     from surgery.cli import render
 
     report = surgery.restore(base, adapter, progress=make_progress(quiet), **options)
-    render.show(report, lambda console: render.restored(console, report), as_json, quiet)
+    render.present(report, as_json, quiet)
 
 
 @click.command(
@@ -104,13 +105,13 @@ Examples:
 @click.argument("base", metavar="BASE", type=click.Path())
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True, type=click.Path())
 @click.option("--reversible", is_flag=True, help="Write the record that makes `surgery subtract` exact.")
-@click.option("--shard-size", "shard_bytes", type=Size(), help="Split anew.  [default: the files of BASE]")
+@click.option("--shard-size", "shard_bytes", type=Size(least=LEAST_SHARD), help=SHARDS.format("BASE"))
 @click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinity pass; do not refuse.")
 @click.option("--any-base", is_flag=True, help="Merge even if hashes prove that an adapter is for another base.")
-@click.option("--all-weights", is_flag=True, help="List every weight, however many there are.")
+@listing("weight")
 @device("cpu")
 @writing
-def merge(base: str, adapters: tuple[str, ...], all_weights: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+def merge(base: str, adapters: tuple[str, ...], every: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Merge adapters into a checkpoint.
 
     They are added in the order given, each with an optional weight: `path=0.5`. The bits are those of
@@ -119,7 +120,7 @@ def merge(base: str, adapters: tuple[str, ...], all_weights: bool, as_json: bool
     from surgery.cli import render
 
     report = surgery.merge(base, *adapters, progress=make_progress(quiet), **options)
-    render.show(report, lambda console: render.merged(console, report, all_weights), as_json, quiet)
+    render.present(report, as_json, quiet, every)
 
 
 @click.command(
@@ -131,24 +132,22 @@ Examples:
 )
 @click.argument("merged", metavar="MERGED", type=click.Path())
 @click.argument("adapters", metavar="[ADAPTER]...", nargs=-1, type=click.Path())
-@click.option("--shard-size", "shard_bytes", type=Size(), help="Split anew.  [default: the files of MERGED]")
+@click.option("--shard-size", "shard_bytes", type=Size(least=LEAST_SHARD), help=SHARDS.format("MERGED"))
 @click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinity pass; do not refuse.")
-@click.option("--all-weights", is_flag=True, help="List every weight, however many there are.")
+@listing("weight")
 @device("cpu")
 @writing
-def subtract(
-    merged: str, adapters: tuple[str, ...], all_weights: bool, as_json: bool, quiet: bool, **options: Any
-) -> None:
+def subtract(merged: str, adapters: tuple[str, ...], every: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Take adapters out of a merged checkpoint.
 
     All of them, or those named. After `merge --reversible` the result is the base, bit for bit, proved by its
-    hashes; what stays merged is merged anew and stays reversible. Otherwise the adapters are subtracted in float32 and
-    the error is stated.
+    hashes, which --no-hash does not turn off; what stays merged is merged anew and stays reversible. Otherwise the
+    adapters are subtracted in float32 and the error is stated.
     """
     from surgery.cli import render
 
     report = surgery.subtract(merged, *adapters, progress=make_progress(quiet), **options)
-    render.show(report, lambda console: render.merged(console, report, all_weights), as_json, quiet)
+    render.present(report, as_json, quiet, every)
 
 
 @click.command(
@@ -161,17 +160,18 @@ Examples:
 @click.argument("old", metavar="OLD", type=click.Path())
 @click.argument("new", metavar="NEW", type=click.Path())
 @click.option("--reversible", is_flag=True, help="Write an undo record (always done if MERGED has one).")
-@click.option("--shard-size", "shard_bytes", type=Size(), help="Split anew.  [default: the files of MERGED]")
+@click.option("--shard-size", "shard_bytes", type=Size(least=LEAST_SHARD), help=SHARDS.format("MERGED"))
 @click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinity pass; do not refuse.")
-@click.option("--all-weights", is_flag=True, help="List every weight, however many there are.")
+@listing("weight")
 @device("cpu")
 @writing
-def switch(merged: str, old: str, new: str, all_weights: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+def switch(merged: str, old: str, new: str, every: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Take one adapter out of a merged checkpoint and put another in.
 
-    OLD goes and NEW comes in one pass. With an undo record the result has the bits of merging NEW into the base itself.
+    OLD goes and NEW comes in one pass. After `merge --reversible` the result has the bits of merging NEW into the base
+    itself, proved by hashes, which --no-hash does not turn off.
     """
     from surgery.cli import render
 
     report = surgery.switch(merged, old, new, progress=make_progress(quiet), **options)
-    render.show(report, lambda console: render.merged(console, report, all_weights), as_json, quiet)
+    render.present(report, as_json, quiet, every)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 import surgery
-from surgery.cli.options import device, writing
+from surgery.cli.options import device, listing, writing
 from surgery.cli.progress import make_progress
 
 _METHODS = ("sum", "cat", "ties", "dare-ties", "dare-linear", "magnitude-prune", "tsv", "iso", "linear")
@@ -50,16 +50,16 @@ Examples:
     type=click.Choice(["float32", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="Of the factors; for bfloat16 the second is refitted to the rounded first.",
+    help="How the factors are stored; bfloat16 halves the size.",
 )
 @click.option("--drop-saved", is_flag=True, help="Leave out what adapters store whole (modules_to_save).")
 @click.option("--any-base", is_flag=True, help="Combine adapters that name different bases.")
 @click.option("--base-name", metavar="NAME", help="What the result calls its base.  [default: as the first]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of DARE and of the randomised SVD.")
-@click.option("--all-modules", is_flag=True, help="List every module, however many there are.")
+@listing("module")
 @device("cpu")
 @writing
-def combine(adapters: tuple[str, ...], all_modules: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+def combine(adapters: tuple[str, ...], every: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Combine adapters into one.
 
     Each counts with its weight, which may be negative. Ranks, scales and targets may differ; no base is
@@ -68,7 +68,7 @@ def combine(adapters: tuple[str, ...], all_modules: bool, as_json: bool, quiet: 
     from surgery.cli import render
 
     report = surgery.combine(*adapters, progress=make_progress(quiet), **options)
-    render.show(report, lambda console: render.combination(console, report, all_modules), as_json, quiet)
+    render.present(report, as_json, quiet, every)
 
 
 @click.command(
@@ -87,14 +87,14 @@ Examples:
     type=click.Choice(["float32", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="Of the factors; for bfloat16 the second is refitted to the rounded first.",
+    help="How the factors are stored; bfloat16 halves the size.",
 )
 @click.option("--drop-saved", is_flag=True, help="Leave out what the adapter stores whole (modules_to_save).")
 @click.option("--base-name", metavar="NAME", help="What the result calls its base.  [default: as ADAPTER]")
-@click.option("--all-modules", is_flag=True, help="List every module, however many there are.")
+@listing("module")
 @device("cpu")
 @writing
-def resize(adapter: str, all_modules: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+def resize(adapter: str, every: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Bring an adapter to another rank.
 
     The nearest adapter of the rank, from the factors alone. What the adapter stores whole goes along.
@@ -102,4 +102,4 @@ def resize(adapter: str, all_modules: bool, as_json: bool, quiet: bool, **option
     from surgery.cli import render
 
     report = surgery.resize(adapter, progress=make_progress(quiet), **options)
-    render.show(report, lambda console: render.combination(console, report, all_modules), as_json, quiet)
+    render.present(report, as_json, quiet, every)

@@ -46,7 +46,7 @@ def convert(adapter: str, as_json: bool, quiet: bool, **options: Any) -> None:
     from surgery.cli import render
 
     report = surgery.convert(adapter, progress=make_progress(quiet), **options)
-    render.show(report, lambda console: render.converted(console, report), as_json, quiet)
+    render.present(report, as_json, quiet)
 
 
 @click.command(
@@ -76,6 +76,6 @@ def lint(path: str, consumers: str, base: str | None, as_json: bool, quiet: bool
     from surgery.cli import render
 
     report = surgery.lint(path, consumers=consumers, base=base)
-    render.show(report, lambda console: render.linted(console, report), as_json, quiet)
+    render.present(report, as_json, quiet)
     if not report.passed:
         sys.exit(1)

@@ -61,7 +61,7 @@ def push(
     """
     import surgery
     from surgery.cli import render_hub
-    from surgery.cli.render import show
+    from surgery.cli.tables import show
 
     report = surgery.push(
         folder,
@@ -107,7 +107,7 @@ def pull(
     """
     import surgery
     from surgery.cli import render_hub
-    from surgery.cli.render import show
+    from surgery.cli.tables import show
 
     report = surgery.pull(
         name,
@@ -149,7 +149,7 @@ Examples:
 def list_(search: str | None, endpoint: str | None, as_json: bool, quiet: bool) -> None:
     """List what a registry holds; with SEARCH, names with these letters."""
     from surgery.cli import render_hub
-    from surgery.cli.render import show
+    from surgery.cli.tables import show
     from surgery.hub.endpoint import endpoint_of
     from surgery.hub.listing import list_repositories
 
@@ -169,7 +169,7 @@ Examples:
 def info(name: str, endpoint: str | None, as_json: bool, quiet: bool) -> None:
     """Show a repository: what it is, its files, its history, what was made of it."""
     from surgery.cli import render_hub
-    from surgery.cli.render import show
+    from surgery.cli.tables import show
     from surgery.hub.endpoint import endpoint_of
     from surgery.hub.listing import info as describe
 
@@ -190,7 +190,7 @@ Examples:
 def delete(name: str, yes: bool, endpoint: str | None, as_json: bool, quiet: bool) -> None:
     """Delete a repository with its whole history."""
     from surgery.cli import render_hub
-    from surgery.cli.render import show
+    from surgery.cli.tables import show
     from surgery.errors import OptionError
     from surgery.hub.endpoint import for_writing
     from surgery.hub.listing import delete as remove
@@ -217,7 +217,7 @@ def login(token: str | None, endpoint: str | None, as_json: bool, quiet: bool) -
     """Keep a token for a Hub, where other programs of Hugging Face find it too."""
     _choose(endpoint)
     from surgery.cli import render_hub
-    from surgery.cli.render import show
+    from surgery.cli.tables import show
     from surgery.errors import OptionError
     from surgery.hub.account import login as log_in
 
@@ -241,7 +241,7 @@ def whoami(endpoint: str | None, as_json: bool, quiet: bool) -> None:
     """Say whom a Hub takes you for."""
     _choose(endpoint)
     from surgery.cli import render_hub
-    from surgery.cli.render import show
+    from surgery.cli.tables import show
     from surgery.hub.account import whoami as ask
 
     report = ask()

@@ -7,7 +7,7 @@ import sys
 import click
 
 import surgery
-from surgery.cli.options import reporting
+from surgery.cli.options import listing, reporting
 from surgery.cli.progress import make_progress
 
 
@@ -28,13 +28,8 @@ def inspect(path: str, tensors: bool, as_json: bool, quiet: bool) -> None:
     targets; provenance.
     """
     from surgery.cli import render
-    from surgery.ops.inspection import AdapterReport
 
-    report = surgery.inspect(path, tensors=tensors)
-    if isinstance(report, AdapterReport):
-        render.show(report, lambda console: render.adapter(console, report), as_json, quiet)
-    else:
-        render.show(report, lambda console: render.checkpoint(console, report), as_json, quiet)
+    render.present(surgery.inspect(path, tensors=tensors), as_json, quiet)
 
 
 @click.command(
@@ -48,20 +43,17 @@ Examples:
 @click.argument("right", metavar="[B]", required=False, type=click.Path())
 @click.option("--logits", is_flag=True, help="Run both with transformers, in float32, on the same random inputs.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs.")
+@listing("difference")
 @reporting
-def verify(left: str, right: str | None, logits: bool, seed: int, as_json: bool, quiet: bool) -> None:
+def verify(left: str, right: str | None, logits: bool, seed: int, every: bool, as_json: bool, quiet: bool) -> None:
     """Check an output against its provenance, or compare two checkpoints.
 
     With one argument, hash every tensor and file again and compare with surgery.json. With two, compare tensor by
     tensor. Exits with 1 if anything differs.
     """
     from surgery.cli import render
-    from surgery.ops.verify import VerifyReport
 
     report = surgery.verify(left, right, logits=logits, seed=seed, progress=make_progress(quiet))
-    if isinstance(report, VerifyReport):
-        render.show(report, lambda console: render.verified(console, report), as_json, quiet)
-    else:
-        render.show(report, lambda console: render.compared(console, report), as_json, quiet)
+    render.present(report, as_json, quiet, every)
     if not report.passed:
         sys.exit(1)

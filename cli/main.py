@@ -85,8 +85,8 @@ def run(arguments: list[str]) -> int:
         return status if isinstance(status, int) else 0
     except click.exceptions.Exit as request:
         return request.exit_code
-    except click.Abort:
-        click.echo("Interrupted; the same command resumes where it stopped.", err=True)
+    except click.Abort as interrupt:
+        click.echo(_interrupted(interrupt), err=True)
         return INTERRUPTED
     except click.ClickException as error:
         error.show()
@@ -99,6 +99,15 @@ def run(arguments: list[str]) -> int:
         # The reader of stdout has gone; point it elsewhere so that the interpreter can flush in peace.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _interrupted(interrupt: click.Abort) -> str:
+    """What is left of interrupted work, if anything is."""
+    from surgery.cli.options import Interrupted
+
+    if isinstance(interrupt, Interrupted) and interrupt.folder.exists():
+        return f"Interrupted. What is done is in {plain(str(interrupt.folder))}; the same command goes on from there."
+    return "Interrupted."
 
 
 def _report(error: SurgeryError, as_json: bool) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import click
@@ -12,13 +14,22 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]i?B?|B)?", re.IGNORECASE)
-_FACTORS = {"K": 1, "M": 2, "G": 3, "T": 4, "B": 3}
+# Powers of a thousand: of bytes, and of parameters.
+_BYTES = {"B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+_PARAMETERS = {"": 0, "K": 1, "M": 2, "B": 3}
+
+# No shard is meant to be smaller; who types 5 means 5GB.
+LEAST_SHARD = 10_000
+SHARDS = "Largest weight file, such as 5GB.  [default: split as {} is]"
 
 
 class Size(click.ParamType[int]):
-    """Bytes: `5GB` (10^9), `5GiB` (2^30), or a plain number."""
+    """Bytes: `5GB` (10^9), `5GiB` (2^30), or a plain number; at least `least`."""
 
     name = "size"
+
+    def __init__(self, least: int = 0) -> None:
+        self.least = least
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
@@ -28,8 +39,12 @@ class Size(click.ParamType[int]):
             self.fail(f"{value!r} is not a size such as 5GB, 500MB or 2GiB.", param, ctx)
         unit = (match["unit"] or "B").upper()
         base = 1024 if "I" in unit else 1000
-        power = 0 if unit == "B" else _FACTORS[unit[0]]
-        return int(float(match["number"]) * base**power)
+        size = int(float(match["number"]) * base ** _BYTES[unit[0]])
+        if size < self.least:
+            self.fail(
+                f"{value!r} is {size} bytes, expected at least {self.least}; write a unit, as in 5GB.", param, ctx
+            )
+        return size
 
 
 class Count(click.ParamType[int]):
@@ -43,7 +58,7 @@ class Count(click.ParamType[int]):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMB])?", str(value).strip(), re.IGNORECASE)
         if match is None:
             self.fail(f"{value!r} is not a number of parameters such as 18M.", param, ctx)
-        return int(float(match[1]) * 1000 ** _FACTORS.get((match[2] or "").upper(), 0))
+        return int(float(match[1]) * 1000 ** _PARAMETERS[(match[2] or "").upper()])
 
 
 class Rank(click.ParamType[int | str]):
@@ -61,16 +76,20 @@ class Rank(click.ParamType[int | str]):
 
 def restoring(command: Command) -> Command:
     """The options of a command whose output is proved by hashes."""
-    return _apply(reporting(command), _writing_options())
+    return _apply(reporting(_resumable(command)), _writing_options())
 
 
 def writing(command: Command) -> Command:
     """The options of every other command that writes."""
     options = _writing_options()
     hashing = click.option(
-        "--no-hash", "hash", flag_value=False, default=True, help="Do not hash tensors; saves one read."
+        "--no-hash",
+        "hash",
+        flag_value=False,
+        default=True,
+        help="Skip hashes: faster, but verify cannot check the output.",
     )
-    return _apply(reporting(command), [*options[:-1], hashing, options[-1]])
+    return _apply(reporting(_resumable(command)), [*options[:-1], hashing, options[-1]])
 
 
 def _writing_options() -> list[Decorator]:
@@ -78,8 +97,32 @@ def _writing_options() -> list[Decorator]:
         click.option("-o", "--output", required=True, type=click.Path(), help="Folder to write; must not exist."),
         click.option("--overwrite", is_flag=True, help="Replace an output that exists."),
         click.option("--dry-run", is_flag=True, help="Check everything, show the plan, write nothing."),
-        click.option("--threads", type=click.IntRange(1), help="Tensors at a time.  [default: all processors]"),
+        click.option("--threads", type=click.IntRange(1), help="Tensors at a time.  [default: processors, at most 8]"),
     ]
+
+
+def _resumable(command: Command) -> Command:
+    """A command that says, when it is interrupted, whether there is something to go on from."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, output: str, **options: Any) -> Any:
+        try:
+            return command(*arguments, output=output, **options)
+        except KeyboardInterrupt as error:
+            from surgery.writer import staging_folder
+
+            click.echo(err=True)  # as click does: the terminal has just shown ^C
+            raise Interrupted(staging_folder(Path(output))) from error
+
+    return cast("Command", run)
+
+
+class Interrupted(click.Abort):
+    """An interrupt of work that stages its output in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
 
 
 def reporting(command: Command) -> Command:
@@ -89,6 +132,11 @@ def reporting(command: Command) -> Command:
         click.option("-q", "--quiet", is_flag=True, help="No progress and no report."),
     ]
     return _apply(command, options)
+
+
+def listing(what: str) -> Callable[[Command], Command]:
+    """`--all`, with what the command lists."""
+    return click.option("--all", "every", is_flag=True, help=f"List every {what}, however many there are.")
 
 
 def device(default: str) -> Callable[[Command], Command]:

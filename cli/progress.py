@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from surgery.cli.formats import size
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -32,6 +34,8 @@ class Bar:
 
     def __init__(self) -> None:
         self._progress: Progress | None = None
+        self._mutex = threading.Lock()
+        self._left = 0
 
     def start(self, total: int, label: str) -> None:
         from rich.console import Console
@@ -45,12 +49,17 @@ class Bar:
             TransferSpeedColumn(),
             TimeRemainingColumn(),
         )
+        self._left = total
         self._progress = RichProgress(*columns, console=Console(stderr=True), expand=True, transient=True)
         self._task = self._progress.add_task(label, total=total)
         self._progress.start()
 
     def advance(self, count: int) -> None:
-        if self._progress is not None:
+        # What differs is read a second time to see by how much; the bar does not go past its end for that.
+        with self._mutex:
+            count = min(count, self._left)
+            self._left -= count
+        if self._progress is not None and count:
             self._progress.advance(self._task, count)
 
     def stop(self) -> None:
@@ -74,14 +83,14 @@ class Lines:
 
     def advance(self, count: int) -> None:
         with self._mutex:
-            self._done += count
+            self._done = min(self._done + count, self._total)
             now = time.monotonic()
             if now - self._last < _SECONDS_BETWEEN_LINES or not self._total:
                 return
             self._last = now
         rate = self._done / (now - self._begun)
-        left = max(self._total - self._done, 0) / rate if rate else 0.0
-        share = min(self._done / self._total, 1.0)
-        click.echo(f"{self._label}: {share:.0%} of {self._total / 1e9:.2f} GB, {left:.0f} s left", err=True)
+        left = (self._total - self._done) / rate if rate else 0.0
+        share = self._done / self._total
+        click.echo(f"{self._label}: {share:.0%} of {size(self._total)}, {left:.0f} s left", err=True)
 
     def stop(self) -> None: ...

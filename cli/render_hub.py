@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 
 from rich.console import Console
 
-from surgery.cli.render import MOST_ROWS, facts, line, notes, number, size, table
+from surgery.cli.formats import more, number, size
+from surgery.cli.tables import MOST_ROWS, facts, line, notes, table
 from surgery.hub.account import AccountReport
 from surgery.hub.listing import DeleteReport, InfoReport, ListReport
 from surgery.hub.pull import PullReport
@@ -44,7 +45,7 @@ def pushed(console: Console, report: PushReport) -> None:
         rows = [(file.path, size(file.size), file.state) for file in changed[:MOST_ROWS]]
         console.print(table(("file", "bytes", ""), rows))
         if len(changed) > MOST_ROWS:
-            line(console, f"and {len(changed) - MOST_ROWS} more")
+            line(console, more(len(changed) - MOST_ROWS, "--json"))
     notes(console, report.notes)
 
 

@@ -40,6 +40,7 @@ from tiny_models import (
 from transformers import LlamaForCausalLM
 
 import surgery
+from surgery.keywords import CombineKeywords
 
 Losses = dict[str, float]
 
@@ -86,7 +87,7 @@ QUICK = Scale(
 )
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # What is shown, and how it is made.
-METHODS: dict[str, dict[str, object]] = {
+METHODS: dict[str, CombineKeywords] = {
     "sum": {"method": "sum"},
     "cat": {"method": "cat"},
     "ties, density 0.2": {"method": "ties", "density": 0.2},
@@ -155,7 +156,7 @@ def train_all(scale: Scale, source: Corpus, texts: dict[str, Corpus]) -> dict[st
     return {name: Tokens(found.ids[: scale.measured], found.nbytes) for name, found in held_out.items()}
 
 
-def ways(scale: Scale, count: int) -> dict[str, dict[str, object]]:
+def ways(scale: Scale, count: int) -> dict[str, CombineKeywords]:
     """Every method, and some of them at the rank that `count` adapters have together."""
     rank = count * scale.rank
     return METHODS | {f"{label}, rank {rank}": METHODS[label] | {"rank": rank} for label in AT_FULL_RANK}
@@ -174,7 +175,7 @@ def measure(scale: Scale, names: list[str], tokens: dict[str, Tokens]) -> dict[s
             found[label] = {}
             for weight in scale.weights:
                 given = [(name, weight) for name in names]
-                surgery.combine(*given, output="combined", overwrite=True, hash=False, **options)
+                surgery.combine(*given, output="combined", **(options | CombineKeywords(overwrite=True, hash=False)))
                 found[label][weight] = _losses("combined", tokens)
                 step(f"{label}, weight {weight}")
     return found

@@ -18,6 +18,7 @@ from surgery.errors import FormatError, InputError, UnsupportedError, several
 from surgery.folder import Folder, LocalFolder
 from surgery.names import natural_key
 from surgery.patterns import first_match, matches
+from surgery.source import kind_of, unexpanded
 
 # Initialisations that replaced the base weight: B A is to be added to the changed base, not to the one on disk.
 _CHANGED_BASE = {
@@ -136,10 +137,16 @@ class Adapter:
 def open_adapter(path: str | os.PathLike[str], weight: float = 1.0) -> Adapter:
     """Open an adapter folder on disk."""
     if not Path(path).exists():
-        raise InputError(f"{path} does not exist.")
+        raise InputError(f"{path} does not exist{unexpanded(path)}{_weight_hint(path)}.")
     if not Path(path).is_dir():
         raise InputError(f"{path} is not an adapter folder, with adapter_config.json and its weights.")
     return read_adapter(LocalFolder(path), weight)
+
+
+def _weight_hint(path: str | os.PathLike[str]) -> str:
+    """What to add to "does not exist" where all but what follows an equals sign does."""
+    name, equals, _ = os.fspath(path).rpartition("=")
+    return f"; a weight is written {name}=0.5" if equals and name and kind_of(Path(name)) else ""
 
 
 def read_adapter(folder: Folder, weight: float = 1.0) -> Adapter:

@@ -1,8 +1,8 @@
 """The library's verbs: what each command does, as a function that returns the report the command prints.
 
 A checkpoint is given as a path, a Hub id `name/repo[@revision]`, or an open `Checkpoint`; an adapter likewise, with a
-weight as `path=0.5` or as a pair. Keywords beyond those named here are the fields of the operation's options
-(`ExtractOptions` for `extract`, `MergeOptions` for the others) and the arguments of `run_options`.
+weight as `path=0.5` or as a pair. What is to be written appears at `output` whole or not at all. The keywords of each
+verb are typed (`surgery.keywords`), and one that it does not have raises `TypeError`.
 
 Everything is imported when it is used, so that `import surgery` costs next to nothing.
 """
@@ -10,10 +10,22 @@ Everything is imported when it is used, so that `import surgery` costs next to n
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Unpack
 
 from surgery.errors import OptionError
+from surgery.keywords import (
+    CombineKeywords,
+    ConvertKeywords,
+    ExtractKeywords,
+    MergeKeywords,
+    ResizeKeywords,
+    RunKeywords,
+    SubtractKeywords,
+    SwitchKeywords,
+    VerifyKeywords,
+    WritingKeywords,
+)
 
 if TYPE_CHECKING:
     from surgery.adapter import Adapter
@@ -30,118 +42,295 @@ if TYPE_CHECKING:
     CheckpointLike = str | os.PathLike[str] | Checkpoint
     AdapterLike = str | os.PathLike[str] | tuple[str | os.PathLike[str], float] | Adapter
 
-_RUN_OPTIONS = ("overwrite", "dry_run", "device", "threads", "hash", "progress")
 
-
-def run_options(
-    overwrite: bool = False,
-    dry_run: bool = False,
-    device: str = "cpu",
-    threads: int | None = None,
-    hash: bool = True,  # noqa: A002 - the name of the option
-    progress: Progress | None = None,
-) -> RunOptions:
-    """How to run an operation: the keywords that all functions here share.
-
-    Args:
-        overwrite: replace an existing output.
-        dry_run: plan and check everything, write nothing.
-        device: `cpu`, `cuda`, `cuda:N`, or `auto`.
-        threads: tensors at a time; one for each processor by default.
-        hash: hash every input and output tensor for `surgery.json`.
-        progress: told about the bytes as they pass.
-    """
+def run_options(**keywords: Unpack[RunKeywords]) -> RunOptions:
+    """How to run an operation: the keywords that all functions share which write."""
     from surgery.execute import NoProgress, Settings, default_threads, resolve_device
     from surgery.operation import RunOptions
 
-    settings = Settings(threads or default_threads(), resolve_device(device), hash, progress or NoProgress())
-    return RunOptions(overwrite, dry_run, settings)
+    threads = keywords.get("threads")
+    if threads is not None and threads < 1:
+        raise OptionError(f"--threads is {threads}, expected at least 1.")
+    settings = Settings(
+        threads=threads or default_threads(),
+        device=resolve_device(keywords.get("device", "cpu")),
+        hash=keywords.get("hash", True),
+        progress=keywords.get("progress") or NoProgress(),
+    )
+    return RunOptions(keywords.get("overwrite", False), keywords.get("dry_run", False), settings)
 
 
-def _split(keywords: dict[str, Any]) -> tuple[RunOptions, dict[str, Any]]:
-    """Separate the arguments of `run_options` from the fields of an operation's options."""
-    run = {name: keywords.pop(name) for name in _RUN_OPTIONS if name in keywords}
-    return run_options(**run), keywords
+def _split(keywords: Mapping[str, Any]) -> tuple[RunOptions, dict[str, Any]]:
+    """Separate how to run (`RunKeywords`) from the fields of an operation's options."""
+    run = {name: value for name, value in keywords.items() if name in RunKeywords.__optional_keys__}
+    return run_options(**run), {name: value for name, value in keywords.items() if name not in run}
+
+
+def _check_keywords(verb: str, keywords: Mapping[str, object], known: type) -> None:
+    """Raise `TypeError` for a keyword that a verb does not have, naming those that it has."""
+    names = sorted(known.__optional_keys__)  # type: ignore[attr-defined]
+    for name in keywords:
+        if name not in names:
+            from difflib import get_close_matches
+
+            near = "".join(f" Did you mean {match!r}?" for match in get_close_matches(name, names, 1))
+            raise TypeError(f"{verb}() has no keyword {name!r}.{near} It takes {', '.join(names)}.")
 
 
 def extract(
-    base: CheckpointLike, tuned: CheckpointLike, *, output: str | os.PathLike[str], **keywords: Any
+    base: CheckpointLike,
+    tuned: CheckpointLike,
+    *,
+    output: str | os.PathLike[str],
+    **keywords: Unpack[ExtractKeywords],
 ) -> ExtractReport:
-    """Write the adapter that takes `base` to `tuned` to the folder `output`.
+    """Write the adapter that takes `base` to `tuned`, as a PEFT folder.
 
-    Factors on a GPU where there is one, unless `device` says otherwise.
+    Args:
+        base: the checkpoint that the adapter will be for.
+        tuned: its fine-tune.
+        output: the folder to write.
+        **keywords:
+            rank: of every module; 16 if neither `energy` nor `budget` is given. `best`, with `exact`, makes adapter and
+                record smallest together.
+            energy: instead, for each module the least rank that keeps this share of ||dW||^2, in (0, 1].
+            budget: instead, this many parameters in all, spread so that the total error is least.
+            max_rank: bound on the ranks that `energy` and `budget` choose.
+            targets: which modules, as `--targets`; `all-linear` by default.
+            method: `randomized` (the default) or `exact`.
+            dtype: of the factors, `float32` (the default) or `bfloat16`.
+            save_residual: store what changed and has no factors whole.
+            allow_missing: report tensors found in one checkpoint only, instead of refusing.
+            allow_nonfinite: take NaN and infinity for no change, instead of refusing.
+            any_base: extract even if the two do not look like a base and its fine-tune.
+            base_name: what the adapter should call its base.
+            seed: of the randomised SVD.
+            exact: write the record, too, from which `restore` gives `tuned` back, bit for bit.
+            overwrite: replace an existing output.
+            dry_run: plan and check everything, write nothing.
+            device: `cpu`, `cuda`, `cuda:N`, or `auto` (the default): a GPU where there is one.
+            threads: modules at a time.
+            hash: hash every tensor for `surgery.json`; True by default.
+            progress: told about the bytes as they pass.
     """
     from surgery.hub.resolve import resolve_checkpoint
     from surgery.ops.extract import ExtractOptions
     from surgery.ops.extract import extract as run_extract
 
+    _check_keywords("extract", keywords, ExtractKeywords)
     run, options = _split({"device": "auto", **keywords})
     return run_extract(resolve_checkpoint(base), resolve_checkpoint(tuned), output, ExtractOptions(**options), run)
 
 
 def restore(
-    base: CheckpointLike, adapter: AdapterLike, *, output: str | os.PathLike[str], **keywords: Any
+    base: CheckpointLike,
+    adapter: AdapterLike,
+    *,
+    output: str | os.PathLike[str],
+    **keywords: Unpack[WritingKeywords],
 ) -> RestoreReport:
-    """Write the fine-tune that `adapter` was extracted from, with `exact=True`, to the folder `output`, bit for bit."""
-    from surgery.hub.resolve import resolve_adapter, resolve_checkpoint
+    """Write the fine-tune that `adapter` was extracted from, with `exact=True`, bit for bit and proved by its hashes.
+
+    Args:
+        base: the checkpoint that it was extracted with.
+        adapter: the exact extraction.
+        output: the folder to write.
+        **keywords:
+            overwrite: replace an existing output.
+            dry_run: plan and check everything, write nothing.
+            threads: tensors at a time.
+            progress: told about the bytes as they pass.
+    """
     from surgery.ops.restore import restore as run_restore
 
-    return run_restore(resolve_checkpoint(base), resolve_adapter(adapter), output, run_options(**keywords))
+    _check_keywords("restore", keywords, WritingKeywords)
+    found, (opened,) = _resolved("BASE", base, (adapter,))
+    return run_restore(found, opened, output, _split(keywords)[0])
 
 
-def merge(base: CheckpointLike, *adapters: AdapterLike, output: str | os.PathLike[str], **keywords: Any) -> MergeReport:
-    """Write `base` with `adapters` added, in the order given, to the folder `output`."""
-    from surgery.hub.resolve import resolve_adapter, resolve_checkpoint
+def merge(
+    base: CheckpointLike,
+    *adapters: AdapterLike,
+    output: str | os.PathLike[str],
+    **keywords: Unpack[MergeKeywords],
+) -> MergeReport:
+    """Write `base` with `adapters` added, in the order given.
+
+    Args:
+        base: the checkpoint to add to.
+        *adapters: those to add, each with an optional weight.
+        output: the folder to write.
+        **keywords:
+            reversible: write the record that makes `subtract` exact.
+            shard_bytes: split the weights into files of at most this many bytes; as those of `base` by default.
+            allow_nonfinite: let NaN and infinity pass, instead of refusing.
+            any_base: merge even if hashes prove that an adapter is for another base.
+            overwrite: replace an existing output.
+            dry_run: plan and check everything, write nothing.
+            device: `cpu` (the default), `cuda`, `cuda:N`, or `auto`.
+            threads: tensors at a time.
+            hash: hash every tensor for `surgery.json`; True by default.
+            progress: told about the bytes as they pass.
+    """
     from surgery.ops.merge import MergeOptions
     from surgery.ops.merge import merge as run_merge
 
+    _check_keywords("merge", keywords, MergeKeywords)
     run, options = _split(keywords)
-    found = [resolve_adapter(adapter) for adapter in adapters]
-    return run_merge(resolve_checkpoint(base), found, output, MergeOptions(**options), run)
+    return run_merge(*_resolved("BASE", base, adapters), output, MergeOptions(**options), run)
 
 
 def subtract(
-    merged: CheckpointLike, *adapters: AdapterLike, output: str | os.PathLike[str], **keywords: Any
+    merged: CheckpointLike,
+    *adapters: AdapterLike,
+    output: str | os.PathLike[str],
+    **keywords: Unpack[SubtractKeywords],
 ) -> MergeReport:
-    """Write `merged` without `adapters` to the folder `output`; without any, if none is named and it has a record."""
-    from surgery.hub.resolve import resolve_adapter, resolve_checkpoint
+    """Write `merged` without `adapters`; without any, if none is named and it has an undo record.
+
+    With an undo record, what stays merged can be taken out later, and hashes are always computed: they are the proof.
+
+    Args:
+        merged: the checkpoint to take out of.
+        *adapters: those to take out.
+        output: the folder to write.
+        **keywords:
+            shard_bytes: split the weights into files of at most this many bytes; as those of `merged` by default.
+            allow_nonfinite: let NaN and infinity pass, instead of refusing.
+            overwrite: replace an existing output.
+            dry_run: plan and check everything, write nothing.
+            device: `cpu` (the default), `cuda`, `cuda:N`, or `auto`.
+            threads: tensors at a time.
+            hash: hash every tensor for `surgery.json`; True by default.
+            progress: told about the bytes as they pass.
+    """
     from surgery.ops.merge import MergeOptions
     from surgery.ops.subtract import subtract as run_subtract
 
+    _check_keywords("subtract", keywords, SubtractKeywords)
     run, options = _split(keywords)
-    found = [resolve_adapter(adapter) for adapter in adapters]
-    return run_subtract(resolve_checkpoint(merged), found, output, MergeOptions(**options), run)
+    return run_subtract(*_resolved("MERGED", merged, adapters), output, MergeOptions(**options), run)
 
 
 def switch(
-    merged: CheckpointLike, old: AdapterLike, new: AdapterLike, *, output: str | os.PathLike[str], **keywords: Any
+    merged: CheckpointLike,
+    old: AdapterLike,
+    new: AdapterLike,
+    *,
+    output: str | os.PathLike[str],
+    **keywords: Unpack[SwitchKeywords],
 ) -> MergeReport:
-    """Write `merged` with `old` taken out and `new` put in to the folder `output`, in one pass."""
-    from surgery.hub.resolve import resolve_adapter, resolve_checkpoint
+    """Write `merged` with `old` taken out and `new` put in, in one pass.
+
+    With an undo record, the result has one again, and hashes are always computed: they are the proof.
+
+    Args:
+        merged: the checkpoint to change.
+        old: the adapter to take out.
+        new: the adapter to put in.
+        output: the folder to write.
+        **keywords:
+            reversible: write the record that makes `subtract` exact, even if `merged` has none.
+            shard_bytes: split the weights into files of at most this many bytes; as those of `merged` by default.
+            allow_nonfinite: let NaN and infinity pass, instead of refusing.
+            overwrite: replace an existing output.
+            dry_run: plan and check everything, write nothing.
+            device: `cpu` (the default), `cuda`, `cuda:N`, or `auto`.
+            threads: tensors at a time.
+            hash: hash every tensor for `surgery.json`; True by default.
+            progress: told about the bytes as they pass.
+    """
     from surgery.ops.merge import MergeOptions
     from surgery.ops.subtract import switch as run_switch
 
+    _check_keywords("switch", keywords, SwitchKeywords)
     run, options = _split(keywords)
-    pair = resolve_adapter(old), resolve_adapter(new)
-    return run_switch(resolve_checkpoint(merged), *pair, output, MergeOptions(**options), run)
+    found, (one, other) = _resolved("MERGED", merged, (old, new))
+    return run_switch(found, one, other, output, MergeOptions(**options), run)
 
 
-def combine(*adapters: AdapterLike, output: str | os.PathLike[str], **keywords: Any) -> CombineReport:
-    """Write one adapter made of `adapters`, each at its weight, to the folder `output`; see `CombineOptions`."""
+def _resolved(
+    role: str, checkpoint: CheckpointLike, adapters: Sequence[AdapterLike]
+) -> tuple[Checkpoint, list[Adapter]]:
+    """Open a checkpoint, which the command line calls `role`, and adapters."""
+    from surgery.adapter import Adapter
+    from surgery.checkpoint import Checkpoint
+    from surgery.errors import InputError
+    from surgery.hub.resolve import is_adapter, resolve_adapter, resolve_checkpoint
+
+    try:
+        found = [resolve_adapter(adapter) for adapter in adapters]
+    except InputError as error:
+        if not isinstance(checkpoint, Checkpoint | Adapter) and is_adapter(checkpoint):
+            raise InputError(
+                f"{os.fspath(checkpoint)} is an adapter; {role} comes first; did you swap them?"
+            ) from error
+        raise
+    return resolve_checkpoint(checkpoint), found
+
+
+def combine(
+    *adapters: AdapterLike, output: str | os.PathLike[str], **keywords: Unpack[CombineKeywords]
+) -> CombineReport:
+    """Write one adapter made of `adapters`.
+
+    Args:
+        *adapters: each with an optional weight, which may be negative.
+        output: the folder to write.
+        **keywords:
+            method: `sum` (the default), `cat`, `ties`, `dare-ties`, `dare-linear`, `magnitude-prune`, `tsv`, `iso`, or
+                with `as_peft` `linear`.
+            rank: of every module; the largest of the adapters' by default.
+            energy: instead, for each module the least rank that keeps this share of ||dW||^2, in (0, 1].
+            density: share of the entries that the pruning methods keep, in (0, 1].
+            as_peft: prune, elect and add A and B separately, as PEFT's `add_weighted_adapter`.
+            dtype: of the factors, `float32` (the default) or `bfloat16`.
+            drop_saved: leave out what adapters store whole.
+            any_base: combine adapters that name different bases.
+            base_name: what the result should call its base.
+            seed: of DARE and of the randomised SVD.
+            overwrite: replace an existing output.
+            dry_run: plan and check everything, write nothing.
+            device: `cpu` (the default), `cuda`, `cuda:N`, or `auto`.
+            threads: modules at a time.
+            hash: hash every tensor for `surgery.json`; True by default.
+            progress: told about the bytes as they pass.
+    """
     from surgery.hub.resolve import resolve_adapter
     from surgery.ops.combine import CombineOptions
     from surgery.ops.combine import combine as run_combine
 
+    _check_keywords("combine", keywords, CombineKeywords)
     run, options = _split(keywords)
     return run_combine([resolve_adapter(adapter) for adapter in adapters], output, CombineOptions(**options), run)
 
 
-def resize(adapter: AdapterLike, *, output: str | os.PathLike[str], **keywords: Any) -> CombineReport:
-    """Write `adapter` at a lower `rank`, or at the least rank that keeps a share of its `energy`, to `output`."""
+def resize(
+    adapter: AdapterLike, *, output: str | os.PathLike[str], **keywords: Unpack[ResizeKeywords]
+) -> CombineReport:
+    """Write `adapter` at a lower rank.
+
+    Args:
+        adapter: the one to resize.
+        output: the folder to write.
+        **keywords:
+            rank: of every module.
+            energy: instead, for each module the least rank that keeps this share of ||dW||^2, in (0, 1].
+            dtype: of the factors, `float32` (the default) or `bfloat16`.
+            drop_saved: leave out what the adapter stores whole.
+            base_name: what the result should call its base.
+            overwrite: replace an existing output.
+            dry_run: plan and check everything, write nothing.
+            device: `cpu` (the default), `cuda`, `cuda:N`, or `auto`.
+            threads: modules at a time.
+            hash: hash every tensor for `surgery.json`; True by default.
+            progress: told about the bytes as they pass.
+    """
     from surgery.hub.resolve import resolve_adapter
     from surgery.ops.combine import CombineOptions
     from surgery.ops.combine import resize as run_resize
 
+    _check_keywords("resize", keywords, ResizeKeywords)
     run, options = _split(keywords)
     return run_resize(resolve_adapter(adapter), output, CombineOptions(**options), run)
 
@@ -157,22 +346,34 @@ def inspect(path: CheckpointLike | Adapter, *, tensors: bool = False) -> Checkpo
 
 
 def verify(
-    left: CheckpointLike, right: CheckpointLike | None = None, *, logits: bool = False, seed: int = 0, **keywords: Any
+    left: CheckpointLike, right: CheckpointLike | None = None, **keywords: Unpack[VerifyKeywords]
 ) -> VerifyReport | CompareReport:
-    """Check an output against its `surgery.json`, or compare two checkpoints; with `logits`, as functions too."""
+    """Check an output against its `surgery.json`, or compare two checkpoints.
+
+    Args:
+        left: the output to check, or the first of two.
+        right: the second.
+        **keywords:
+            logits: compare the two as functions, too; loads both whole, with transformers.
+            seed: of the random inputs that `logits` runs them on.
+            threads: tensors at a time.
+            progress: told about the bytes as they pass.
+    """
     from surgery.adapter import Adapter
     from surgery.hub.resolve import resolve, resolve_checkpoint
     from surgery.ops.verify import compare, verify_output, with_logits
 
-    run, _ = _split(keywords)
+    _check_keywords("verify", keywords, VerifyKeywords)
+    logits = keywords.get("logits", False)
+    settings = _split(keywords)[0].settings
     if right is None and logits:
         raise OptionError("--logits compares two checkpoints; name the second.")
     if right is None:
         found = resolve(left)
-        return verify_output(found.files if isinstance(found, Adapter) else found, run.settings)
+        return verify_output(found.files if isinstance(found, Adapter) else found, settings)
     pair = resolve_checkpoint(left), resolve_checkpoint(right)
-    report = compare(*pair, run.settings)
-    return with_logits(report, *pair, seed) if logits else report
+    report = compare(*pair, settings)
+    return with_logits(report, *pair, keywords.get("seed", 0)) if logits else report
 
 
 def convert(
@@ -181,16 +382,32 @@ def convert(
     to: str,
     output: str | os.PathLike[str],
     base: CheckpointLike | None = None,
-    **keywords: Any,
+    **keywords: Unpack[ConvertKeywords],
 ) -> ConvertReport:
-    """Write `adapter`, in any known format, in the format `to` to the folder `output`.
+    """Write `adapter`, in any known format, in another.
 
-    `base` is the model it belongs to, or a pipeline's folder; some names cannot be told without it.
+    Args:
+        adapter: a folder or a file.
+        to: the format to write: `peft`, `kohya`, `diffusers` or `mlx`.
+        output: the folder to write.
+        base: the model it belongs to, or a pipeline's folder; some names cannot be told without it.
+        **keywords:
+            experts: `fused` or `per-expert`; as they are by default.
+            component: which part of a pipeline the adapter is for.
+            portable: fold scales into B, so that one alpha serves all modules.
+            pad_ranks: fill up all modules with zeros to the largest rank.
+            base_name: what the result should call its base.
+            overwrite: replace an existing output.
+            dry_run: plan and check everything, write nothing.
+            threads: tensors at a time.
+            hash: hash every tensor for `surgery.json`; True by default.
+            progress: told about the bytes as they pass.
     """
     from surgery.hub.resolve import resolve_bases, resolve_folder
     from surgery.ops.convert import ConvertOptions
     from surgery.ops.convert import convert as run_convert
 
+    _check_keywords("convert", keywords, ConvertKeywords)
     run, options = _split(keywords)
     place, bases = resolve_folder(adapter), resolve_bases(base)
     return run_convert(place, bases, output, ConvertOptions(to=to, **options), run)

@@ -19,7 +19,7 @@ from surgery.folder import Folder, LocalFolder, WeightFiles, find_weights, other
 from surgery.header import Header, read_header
 from surgery.names import natural_key
 from surgery.pickled import load_pickled
-from surgery.source import FileSource, Source, kind_of
+from surgery.source import FileSource, Source, kind_of, unexpanded
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if kind == "folder":
         return read_checkpoint(LocalFolder(place))
     if kind is None:
-        raise InputError(f"{place} does not exist.")
+        raise InputError(f"{place} does not exist{unexpanded(place)}.")
     if place.suffix not in (".safetensors", ".bin"):
         raise InputError(f"{place} is neither a folder nor a .safetensors or .bin file.")
     # A lone file brings its tensors only: what else lies beside it may have nothing to do with it.
@@ -150,7 +150,9 @@ def read_checkpoint(folder: Folder) -> Checkpoint:
 def read_adapter_files(folder: Folder) -> Checkpoint:
     """Open the weights of an adapter folder as a checkpoint whose config is `adapter_config.json`."""
     if "adapter_config.json" not in folder.names():
-        raise InputError(f"{folder.label} is not an adapter: it has no adapter_config.json.")
+        whole = any(name.endswith((".safetensors", ".bin")) for name in folder.names() if "/" not in name)
+        remedy = f"; it is a checkpoint. `surgery extract BASE {folder.label} -o ADAPTER` makes an adapter of it"
+        raise InputError(f"{folder.label} is not an adapter: it has no adapter_config.json{remedy if whole else ''}.")
     return _read(folder, find_weights(folder, ("adapter_model",)), folder.label, "adapter_config.json")
 
 

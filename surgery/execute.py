@@ -261,7 +261,7 @@ class StepIO:
         if self._wants_hash(tensor):
             hasher = new_hash()
             hasher.update(view)
-            self._learn(tensor, hasher.hexdigest())
+            self._hashes.put(tensor, hasher.hexdigest())
         self._advance(tensor.nbytes)
         return raw.view(tensor.dtype.to_torch).view(tensor.shape)
 
@@ -303,7 +303,7 @@ class StepIO:
             yield begin, end, found
         for tensor, hasher in zip(tensors, hashers, strict=True):
             if hasher is not None:
-                self._learn(tensor, hasher.hexdigest())
+                self._hashes.put(tensor, hasher.hexdigest())
 
     def write(self, output: TensorSpec, begin: int, rows: torch.Tensor) -> None:
         """Write a matrix of rows that starts at row `begin`; the rows of one output come in order, from one step."""
@@ -331,21 +331,18 @@ class StepIO:
         if self._hashes.enabled:
             if (digest := self._hashes.get(source)) is None:
                 digest = hash_tensor(source, self._advance)
-                self._learn(source, digest)
+                self._hashes.put(source, digest)
             self._outputs[output.name] = digest
 
     def hash(self, tensor: StoredTensor) -> str:
         """The hash of a stored tensor, read for nothing else."""
         if (digest := self._hashes.get(tensor)) is None:
             digest = hash_tensor(tensor, self._advance)
-            self._learn(tensor, digest)
+            self._hashes.put(tensor, digest)
         return digest
 
     def _wants_hash(self, tensor: StoredTensor) -> bool:
         return self._hashes.enabled and not tensor.is_slice and self._hashes.get(tensor) is None
-
-    def _learn(self, tensor: StoredTensor, digest: str) -> None:
-        self._hashes.put(tensor, digest)
 
     def finish(self, step: Step, result: StepResult) -> Outcome:
         """Check that the step wrote all it promised, keep its parts, and note it as done."""

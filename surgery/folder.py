@@ -167,7 +167,10 @@ def find_weights(folder: Folder, preferred: Sequence[str] = ("model", "pytorch_m
                 f"{', '.join(sorted(files)[:5])}; name the one to use."
             )
     if "adapter_config.json" in names:
-        raise InputError(f"{folder.label} is an adapter, but a checkpoint is expected here.")
+        raise InputError(
+            f"{folder.label} is an adapter, but a checkpoint is expected here; merge it first: "
+            f"`surgery merge BASE {folder.label} -o MERGED`."
+        )
     raise InputError(f"{folder.label} holds no weights: neither .safetensors nor .bin files are in it.")
 
 

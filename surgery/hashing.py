@@ -6,10 +6,12 @@ the file's path, size and modification time, so that the second of forty merges 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
     from blake3 import blake3
 
 _CHUNK = 4 << 20
+_DAY = 86_400.0
+_OLDEST = 90 * _DAY
+# The path at the beginning of an entry: no path is longer on Linux, also if every byte of it is escaped.
+_BEGINNING = 32_768
 
 
 def new_hash() -> blake3:
@@ -127,6 +133,8 @@ class HashBook:
                 except OSError:
                     return
             self._changed.clear()
+            with contextlib.suppress(OSError):
+                _prune(cache_folder() / "hashes")
 
 
 def _entry(tensor: StoredTensor) -> str:
@@ -161,3 +169,31 @@ def _write_cache(identity: tuple[str, int, int], tensors: dict[str, str]) -> Non
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps({"identity": identity, "tensors": tensors}))
     os.replace(temporary, path)
+
+
+def _prune(folder: Path) -> None:
+    """Once a day, drop the entries of files that are gone, and those that nobody has written for 90 days."""
+    now, marker = time.time(), folder / ".pruned"
+    if not folder.is_dir() or (marker.exists() and 0 <= now - marker.stat().st_mtime < _DAY):
+        return
+    marker.touch()
+    for path in folder.iterdir():
+        if path == marker:
+            continue
+        with contextlib.suppress(OSError):  # another process drops it at the same time
+            age = now - path.stat().st_mtime
+            # What is no entry was left by a process that was killed while it wrote one.
+            if age > _OLDEST or (age > _DAY if path.suffix != ".json" else _is_gone(path)):
+                path.unlink()
+
+
+def _is_gone(entry: Path) -> bool:
+    """Whether the file that an entry is about is not there any more, or the entry says nothing."""
+    with open(entry, "rb") as file:
+        beginning = file.read(_BEGINNING)
+    try:
+        # The identity comes first; what follows may be long and is not read.
+        identity, _ = json.JSONDecoder().raw_decode(beginning.decode("ascii").removeprefix('{"identity": '))
+        return not os.path.exists(identity[0])
+    except (ValueError, TypeError, IndexError, KeyError, RecursionError):
+        return True

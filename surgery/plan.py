@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from surgery.checkpoint import StoredTensor
 from surgery.layout import Layout, TensorSpec
 from surgery.source import Source
-from surgery.version import __version__
+from surgery.version import versions
 
 if TYPE_CHECKING:
     import torch
@@ -170,7 +170,7 @@ class Plan:
     def fingerprint(self, options: object) -> str:
         """What tells this work from every other: inputs, outputs and options. An interrupted run is resumed by it."""
         described = {
-            "versions": _versions(self.computes),
+            "versions": versions(self.computes),
             "options": repr(options),
             "inputs": [[*tensor.key, *(tensor.source.identity or ())] for tensor in self.inputs],
             "steps": [repr(step) for step in self.steps],  # with every number that is not an option
@@ -179,13 +179,6 @@ class Plan:
             "carried": [[name, source.name, *(source.identity or ())] for name, source in self.carried],
         }
         return hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=32).hexdigest()
-
-
-def _versions(computes: bool) -> list[str]:
-    """What else the bytes depend on; read from metadata, which is cheaper than importing torch."""
-    from importlib.metadata import version
-
-    return [__version__, version("torch")] if computes else [__version__]
 
 
 def copies(tensors: Iterable[StoredTensor]) -> tuple[CopyStep, ...]:

@@ -15,7 +15,6 @@ Neither time, nor host, nor a path appears in it. Without hashing (`--no-hash`) 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,8 +23,9 @@ from surgery.checkpoint import Checkpoint, StoredTensor
 from surgery.errors import FormatError
 from surgery.folder import Folder, read_json
 from surgery.hashing import HashBook, new_hash
+from surgery.header import TensorInfo
 from surgery.layout import Layout
-from surgery.version import __version__
+from surgery.version import versions
 
 FILE_NAME = "surgery.json"
 SCHEMA = 1
@@ -40,7 +40,7 @@ class Input:
     weight: float | None = None
 
 
-def describe_tensor(tensor: StoredTensor, digest: str | None) -> dict[str, object]:
+def describe_tensor(tensor: StoredTensor | TensorInfo, digest: str | None) -> dict[str, object]:
     """dtype, shape and, where it is known, hash of a tensor."""
     entry: dict[str, object] = {"dtype": tensor.dtype.name, "shape": list(tensor.shape)}
     return entry if digest is None else entry | {"blake3": digest}
@@ -64,9 +64,7 @@ def describe_outputs(layouts: Iterable[Layout], digests: Mapping[str, str]) -> d
     for layout in layouts:
         for file in layout.files:
             for info in file.entries:
-                entry: dict[str, object] = {"dtype": info.dtype.name, "shape": list(info.shape)}
-                digest = digests.get(info.name)
-                found[info.name] = entry if digest is None else entry | {"blake3": digest}
+                found[info.name] = describe_tensor(info, digests.get(info.name))
     return found
 
 
@@ -82,14 +80,6 @@ def hash_files(folder: Path, weights: Iterable[str]) -> dict[str, str]:
                 while chunk := file.read(4 << 20):
                     hasher.update(chunk)
             found[name] = hasher.hexdigest()
-    return found
-
-
-def versions(computed: bool) -> dict[str, str]:
-    """Versions on which the output's bytes depend."""
-    found = {"checkpoint-surgery": __version__}
-    if computed and (torch := sys.modules.get("torch")) is not None:
-        found["torch"] = torch.__version__
     return found
 
 

@@ -35,7 +35,24 @@ class Report:
         return {name: value for name, value in asdict(self).items() if name not in _OF_THE_RUN}
 
 
-_OF_THE_RUN = {"output", "plan", "dry_run", "resumed"}
+_OF_THE_RUN = {"output", "plan", "dry_run", "resumed", "planned"}
+
+
+@dataclass(frozen=True)
+class PlannedAdapter:
+    """What a dry run of `extract` foretells, at most: modules that turn out equal in both checkpoints get no factors.
+
+    Attributes:
+        modules: that are targeted.
+        rank: of every module, or None where `energy` or `budget` choose.
+        parameters: of all factors.
+        nbytes: of the weight file, without what `save_residual` adds.
+    """
+
+    modules: int
+    rank: int | None
+    parameters: int
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -116,7 +133,8 @@ class ExtractReport(Report):
     """What `extract` found and wrote. `change`, `energy_kept` and `error` are over all factored modules together.
 
     `unchanged` counts targeted modules that are equal in both checkpoints and so have no factors. `exact` is what an
-    exact extraction keeps beside the adapter; `estimated_record_bytes` what a dry run expects of it at most.
+    exact extraction keeps beside the adapter; `estimated_record_bytes` what a dry run expects of it at most, as
+    `planned` is what it expects of the adapter.
     """
 
     modules: tuple[ModuleReport, ...] = ()
@@ -130,6 +148,7 @@ class ExtractReport(Report):
     notes: tuple[str, ...] = ()
     exact: ExactReport | None = None
     estimated_record_bytes: int | None = None
+    planned: PlannedAdapter | None = None
 
 
 @dataclass(frozen=True)
@@ -158,17 +177,17 @@ class WeightReport:
     Attributes:
         survived: 1 - || realised dW - dW || / || dW ||; None where dW is zero. It falls to 0 and below where a small dW
             vanishes between two neighbouring numbers of the dtype.
-        unchanged: share of the weights that are the same number before and after.
+        unchanged_share: share of the weights that are the same number before and after.
     """
 
     name: str
     survived: float | None
-    unchanged: float
+    unchanged_share: float
 
 
 @dataclass(frozen=True)
 class MergeReport(Report):
-    """What `merge`, `subtract` or `switch` wrote. `survived` and `unchanged` are over all changed weights together.
+    """What `merge`, `subtract` or `switch` wrote. The two shares are over all changed weights together.
 
     Attributes:
         weights: tensors that adapters were added to.
@@ -179,12 +198,13 @@ class MergeReport(Report):
         record_bytes: of the undo record; 0 without one.
         exact: for `subtract` and `switch`: whether the base was restored to the bit and proved by its hashes.
         removed: for `subtract` and `switch`: the adapters taken out.
+        holds: after an exact `subtract` or `switch`, the adapters that are merged into the base.
         expected_error: for an inexact `subtract`: what the rounding of the merge may have left, || . || / ||W||.
     """
 
     weights: tuple[WeightReport, ...] = ()
     survived: float | None = None
-    unchanged: float = 0.0
+    unchanged_share: float = 0.0
     replaced: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
     copied: int = 0
@@ -192,6 +212,7 @@ class MergeReport(Report):
     record_bytes: int = 0
     exact: bool | None = None
     removed: tuple[str, ...] = ()
+    holds: tuple[str, ...] = ()
     expected_error: float | None = None
     notes: tuple[str, ...] = ()
 

@@ -206,6 +206,9 @@ _WORDS = {
     "convolutions": ("convolutions",),
 }
 
+# What an item may be, for a sentence that asks for one.
+TARGETS = f"{', '.join(_WORDS)}, a suffix such as q_proj, or re:PATTERN"
+
 
 def select(sites: Mapping[str, Site], targets: str) -> tuple[dict[str, Site], list[str]]:
     """The sites that a `--targets` value names, and the items of it that name none.

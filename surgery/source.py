@@ -154,6 +154,11 @@ def kind_of(path: Path) -> str | None:
     return "folder" if stat.S_ISDIR(mode) else "file"
 
 
+def unexpanded(path: str | os.PathLike[str]) -> str:
+    """What to add to "does not exist" where a path begins with `~`: in quotes, a shell leaves that as it is."""
+    return "; the shell did not expand `~`, leave out the quotes" if os.fspath(path).startswith("~") else ""
+
+
 def read_bytes(source: Source, offset: int, count: int) -> bytes:
     """`count` bytes at `offset`, as a new object."""
     data = bytearray(count)

@@ -54,7 +54,7 @@ class Staging:
 
     def __init__(self, target: Path, fingerprint: str) -> None:
         self.target = target
-        self.root = _staging_folder(target)
+        self.root = staging_folder(target)
         self.files = self.root / "files"
         self.parts = self.root / "parts"
         self.done: dict[str, dict[str, object]] = {}
@@ -320,14 +320,15 @@ def _disk(target: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = (
                 f"The disk is full while {target} is being written; nothing is at the target. Free some space and run "
-                f"the same command again to resume, or delete {_staging_folder(target)}."
+                f"the same command again to resume, or delete {staging_folder(target)}."
             )
         else:
             message = f"{target} cannot be written: {error.strerror or error}."
         raise OutputError(message) from error
 
 
-def _staging_folder(target: Path) -> Path:
+def staging_folder(target: Path) -> Path:
+    """Where the output at `target` is staged, and what is done of it lies after an interrupt."""
     return target.parent / f".{target.name}.partial"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,8 +29,8 @@ from surgery.pairing import Pairing, SitePair, TensorPair, pair, refuse_quantise
 from surgery.peft_format import Residual, adapter_config, carry_residual, factor_keys
 from surgery.plan import CopyStep, Plan, Step
 from surgery.provenance import Input
-from surgery.reports import ExtractReport, ModuleReport, ResidualReport
-from surgery.sites import Kind, Site, find_sites, select
+from surgery.reports import ExtractReport, ModuleReport, PlannedAdapter, ResidualReport
+from surgery.sites import TARGETS, Kind, Site, find_sites, select
 from surgery.source import Source, read_bytes
 
 DEFAULT_RANK = 16
@@ -40,6 +40,8 @@ _SPECTRUM_START = 64
 # A base and its fine-tune point the same way; the weights of unrelated models are as good as orthogonal.
 _PROBED_SITES = 8
 _LEAST_COSINE = 0.5
+# What a tensor takes in a header, at most, besides its name.
+_HEADER_ENTRY = 120
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +96,16 @@ class ExtractOptions:
                     raise OptionError("--rank best weighs the adapter against the exact record; it wants --exact.")
             elif value is not None and value < 1:
                 raise OptionError(f"--{name.replace('_', '-')} is {value}, expected at least 1.")
+        if self.max_rank is not None and self.energy is None and self.budget is None:
+            raise OptionError("--max-rank bounds the ranks of --energy and --budget; give one of them.")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise OptionError(f"--energy is {self.energy}, expected a share above 0 and at most 1.")
         if self.method not in ("randomized", "exact"):
             raise OptionError(f"--method is {self.method!r}, expected 'randomized' or 'exact'.")
         if self.dtype not in ("float32", "bfloat16"):
             raise OptionError(f"--dtype is {self.dtype!r}, expected 'float32' or 'bfloat16'.")
+        if not self.targets.replace(",", " ").strip():
+            raise OptionError(f"--targets is empty; name {TARGETS}.")
 
     @property
     def svd(self) -> SvdOptions:
@@ -155,7 +161,14 @@ def extract(
     summary = summarise([first], output, run_options.settings)
     if run_options.dry_run:
         expected = estimate_exact(base, tuned) if options.exact else None
-        return ExtractReport(str(output), summary, notes=work.notes, dry_run=True, estimated_record_bytes=expected)
+        return ExtractReport(
+            str(output),
+            summary,
+            notes=work.notes,
+            dry_run=True,
+            planned=_planned(work),
+            estimated_record_bytes=expected,
+        )
     with staged(output, first, ("extract", options), run_options) as run:
         ranks = _choose_ranks(work, run)
         found = run.execute(_factor_plan(work, ranks), "factoring").reports()
@@ -189,11 +202,14 @@ def _prepare(base: Checkpoint, tuned: Checkpoint, options: ExtractOptions) -> _W
         if name not in factored:
             compared |= {one.name: one for one in _as_tensors(found)}
     whole = {name: (tensor, "only in TUNED") for name, tensor in paired.right_only.items()}
-    problems = [
-        f"--targets names {item!r}, which matches no module of {tuned.label}; there are {_endings(paired)}."
-        for item in unmatched
-        if paired.sites
-    ]
+    if unmatched and paired.sites:
+        strangers = [
+            f"--targets names {item!r}, which matches no module of {tuned.label}; name {TARGETS}; the suffixes are "
+            f"{_endings(paired)}."
+            for item in unmatched
+        ]
+        raise OptionError(several("--targets", strangers), strangers)
+    problems: list[str] = []
     grown: list[str] = []
     for other in [one for one in compared.values() if not one.same_shape]:
         del compared[other.name]
@@ -272,6 +288,24 @@ def _factor_plan(work: _Work, ranks: Mapping[str, int]) -> Plan:
     lenient = work.options.allow_nonfinite
     steps += [CompareStep(found, lenient) for found in work.compared.values()]
     return Plan(tuple(steps), spare=spare)
+
+
+def _planned(work: _Work) -> PlannedAdapter:
+    """The adapter at most: the rank asked for in every module, or as far as `max_rank` and `budget` let it grow."""
+    options = work.options
+    rank = options.fixed_rank
+    sites = {name: found.right for name, found in work.factored.items()}
+    count = sum(
+        len(site.matrices)
+        * min(rank or options.max_rank or site.out_features, site.out_features, site.in_features)
+        * (site.out_features + site.in_features)
+        for site in sites.values()
+    )
+    count = min(count, options.budget or count)
+    header = sum(len(key) + _HEADER_ENTRY for keys in factor_keys(sites.values()).values() for key in keys)
+    return PlannedAdapter(
+        len(sites), rank, count, count * BY_NAME[options.svd.dtype].bits // 8 + header + _HEADER_ENTRY
+    )
 
 
 def _check_related(work: _Work) -> None:
@@ -394,7 +428,7 @@ def _assemble(
         unchanged=len(work.factored) - len(sites) - passed_over,
         parameters=sum(math.prod(step.output.shape) for step in steps),
         nbytes=layout.nbytes,
-        notes=notes,
+        notes=(*notes, *_held_back(work.options, modules)),
         change=totals.change,
         energy_kept=totals.energy_kept,
         error=totals.error,
@@ -408,6 +442,15 @@ def _assemble(
         "README.md": extraction_card(config, report).encode(errors="replace"),
     }
     return report, Plan(tuple(steps), layout, files, _tokenizer(work))
+
+
+def _held_back(options: ExtractOptions, modules: Sequence[ModuleReport]) -> list[str]:
+    """A note on modules that keep less than `energy` because of `max_rank`."""
+    if options.energy is None or options.max_rank is None:
+        return []
+    count = sum(m.rank >= options.max_rank and m.energy_kept < options.energy for m in modules)
+    what = "1 module" if count == 1 else f"{count} modules"
+    return [f"--max-rank kept {what} below --energy {options.energy:g}."] if count else []
 
 
 def _copy(key: str, tensor: StoredTensor) -> CopyStep:

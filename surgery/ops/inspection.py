@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from surgery.adapter import Adapter, Lora
 from surgery.checkpoint import Checkpoint, StoredTensor
 from surgery.families import PARTS, part_of
-from surgery.names import expert_of, layer_of, natural_key
+from surgery.names import expert_of, layer_of
 from surgery.ops.directory import head_tied_to
 from surgery.ops.exact_record import exact_bytes
 from surgery.ops.record import has_record
@@ -51,11 +52,21 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class OriginInput:
+    """An input of the operation that made an output; `revision` of a Hub's, `weight` of an adapter."""
+
+    role: str
+    source: str
+    revision: str | None
+    weight: float | None
+
+
+@dataclass(frozen=True)
 class Origin:
-    """What `surgery.json` says an output was made by, and from."""
+    """What `surgery.json` says an output was made by, and from, in the order in which it was used."""
 
     operation: str
-    inputs: tuple[str, ...]
+    inputs: tuple[OriginInput, ...]
 
 
 @dataclass(frozen=True)
@@ -238,6 +249,14 @@ def _origin(checkpoint: Checkpoint) -> Origin | None:
     described = []
     for item in inputs if isinstance(inputs, list) else []:
         if isinstance(item, dict):
-            revision = f"@{item['revision']}" if item.get("revision") else ""
-            described.append(f"{item.get('role')} {item.get('source')}{revision}")
-    return Origin(str(content.get("operation")), tuple(sorted(described, key=natural_key)))
+            revision, weight = item.get("revision"), item.get("weight")
+            number = float(weight) if isinstance(weight, int | float) and not isinstance(weight, bool) else None
+            described.append(
+                OriginInput(
+                    role=str(item.get("role")),
+                    source=str(item.get("source")),
+                    revision=str(revision) if revision else None,
+                    weight=number if number is not None and math.isfinite(number) else None,
+                )
+            )
+    return Origin(str(content.get("operation")), tuple(described))

@@ -42,6 +42,14 @@ from surgery.provenance import Input
 from surgery.reports import MergeReport, WeightReport
 from surgery.source import Source, read_bytes
 
+_LABELS = {"merge": "merging", "subtract": "subtracting", "switch": "switching"}
+# Where less of dW than this survives, merging did more harm than good.
+_MOSTLY_LOST = 0.5
+_LOST = (
+    "Most of the change was lost to rounding: it is smaller than the spacing of the weights' dtype; keep the adapter "
+    "unmerged, or merge it into a float32 base."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
@@ -238,7 +246,7 @@ def run_merge(
     removal: Removed | None = None,
 ) -> MergeReport:
     """Run a planned merge, write its record, and finish the output. `removal` says what was taken out first."""
-    execution = run.execute(merging.plan, "merging")
+    execution = run.execute(merging.plan, _LABELS[operation])
     if removal is None and not options.any_base:
         refuse_by_hashes(base, adapters, merging.changes, run.hashes)
     if removal is not None:
@@ -282,20 +290,20 @@ def _report(run: Run, merging: MergePlan, found: Mapping[str, Mapping[str, objec
             continue
         weights.append(WeightReport(name, *_kept(values)))
         totals = {key: totals[key] + values[key] for key in totals}
-    survived, unchanged = _kept(totals) if totals["count"] else (None, 0.0)
+    survived, unchanged_share = _kept(totals) if totals["count"] else (None, 0.0)
     plan = merging.plan
     return MergeReport(
         output=str(run.staging.target),
         plan=summarise([plan], run.staging.target, run.options.settings),
         weights=tuple(weights),
         survived=survived,
-        unchanged=unchanged,
+        unchanged_share=unchanged_share,
         replaced=tuple(n for n, c in merging.changes.items() if c.base is not None and c.start is not c.base),
         added=tuple(n for n, c in merging.changes.items() if c.base is None),
         copied=sum(isinstance(step, CopyStep) for step in plan.steps),
         nbytes=plan.layout.nbytes,
         record_bytes=record_bytes,
-        notes=merging.notes,
+        notes=(*merging.notes, *([_LOST] if survived is not None and survived < _MOSTLY_LOST else [])),
         resumed=run.resumed,
     )
 

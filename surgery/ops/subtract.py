@@ -34,7 +34,7 @@ class _Removal:
     Attributes:
         base: the base as seen through the merged checkpoint.
         undo: for each changed tensor how to restore it.
-        removed, kept: the adapters that go, and those of the record that are put back.
+        removed, adding: the adapters that go, and those that are merged into the base: what stays, and what is new.
         record: the undo record, or None where the removal is approximate.
         digests: the base's hashes, from the record.
         notes: what the report should say about the removal.
@@ -43,7 +43,7 @@ class _Removal:
     base: Checkpoint
     undo: Mapping[str, Undo]
     removed: tuple[Adapter, ...]
-    kept: tuple[Adapter, ...] = ()
+    adding: tuple[Adapter, ...] = ()
     record: Record | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -64,9 +64,14 @@ class _Removal:
             report,
             notes=(*self.notes, *report.notes),
             exact=self.record is not None,
-            removed=tuple(adapter.files.provenance["source"] for adapter in self.removed),
+            removed=_names(self.removed),
+            holds=_names(self.adding) if self.record is not None else (),
             expected_error=math.sqrt(rounding / norm) if norm and self.record is None else None,
         )
+
+
+def _names(adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    return tuple(adapter.files.provenance["source"] for adapter in adapters)
 
 
 def subtract(
@@ -115,13 +120,12 @@ def _replace(
         removal = _exact(merged, old)
         # The proof is in the hashes, so they are made whether or not they were asked for, and none is remembered.
         run_options = replace(run_options, settings=replace(run_options.settings, hash=True), remember=False)
-        adding = (*removal.kept, *new)
-        options = replace(options, reversible=bool(adding) and (options.reversible or keep_reversible))
+        removal = replace(removal, adding=(*removal.adding, *new))
+        options = replace(options, reversible=bool(removal.adding) and (options.reversible or keep_reversible))
     else:
-        removal = _approximate(merged, old)
-        adding = tuple(new)
+        removal = replace(_approximate(merged, old), adding=tuple(new))
     check_reversible(options, run_options)
-    merging = plan_merge(removal.base, adding, options, removal.undo)
+    merging = plan_merge(removal.base, removal.adding, options, removal.undo)
     _check_literals(removal, merging, options)
     if removal.record is None:
         merging = replace(merging, notes=(*merging.notes, *note_not_merged(merged, old)))
@@ -130,7 +134,7 @@ def _replace(
         return MergeReport(str(output), summary, notes=merging.notes, dry_run=True, exact=removal.record is not None)
     work = (operation, options, [adapter.weight for adapter in (*old, *new)])
     with staged(output, merging.plan, work, run_options) as run:
-        return run_merge(run, operation, removal.base, adding, merging, options, inputs, removal)
+        return run_merge(run, operation, removal.base, removal.adding, merging, options, inputs, removal)
 
 
 def _exact(merged: Checkpoint, old: Sequence[Adapter]) -> _Removal:

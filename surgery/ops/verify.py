@@ -5,8 +5,9 @@ Only `compare_logits` runs a model, with transformers, in float32.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,7 @@ class CompareReport:
 
     Attributes:
         equal: tensors with the same bytes (or values, where the dtypes differ).
-        different: the others that both have.
+        different: the others that both have, the largest difference first.
         left_only, right_only: names that only one has.
         logits: the difference as functions, if that was asked for.
     """
@@ -176,10 +177,15 @@ def compare(left: Checkpoint, right: Checkpoint, settings: Settings) -> CompareR
         left=left.label,
         right=right.label,
         equal=len(pairs) - len(different),
-        different=tuple(different),
+        different=tuple(sorted(different, key=_order)),
         left_only=tuple(name for name in left.tensors if name not in right.tensors),
         right_only=tuple(name for name in right.tensors if name not in left.tensors),
     )
+
+
+def _order(difference: Difference) -> float:
+    """Those that cannot be compared first, then the largest difference."""
+    return -math.inf if difference.relative is None else -difference.relative
 
 
 def _relative(report: Mapping[str, object]) -> float | None:
@@ -207,7 +213,8 @@ def compare_logits(left: Path, right: Path, seed: int = 0) -> LogitReport:
     outputs = []
     described = ""
     for path in (left, right):
-        model = _load(path)
+        with _no_bars():
+            model = _load(path)
         inputs, described = _random_inputs(model, seed)
         with torch.no_grad():
             outputs.append(_first_output(model(**inputs)).to(torch.float64))
@@ -226,13 +233,32 @@ def compare_logits(left: Path, right: Path, seed: int = 0) -> LogitReport:
     )
 
 
-def _load(path: Path) -> Any:
-    """The model of a checkpoint folder, as the transformers class that its config names."""
+def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
         raise MissingExtraError("transformers", "train") from error
+    return transformers
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep transformers from drawing progress bars of its own for a while."""
+    logging = _transformers().utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _load(path: Path) -> Any:
+    """The model of a checkpoint folder, as the transformers class that its config names."""
     import torch
+
+    transformers = _transformers()
 
     try:
         config = transformers.AutoConfig.from_pretrained(path)

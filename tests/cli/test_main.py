@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -86,7 +87,22 @@ def test_done_is_0(command: str, inside: Path, tmp_path: Path, capsys: Captured)
 FAILING: dict[str, tuple[list[str], int, list[str]]] = {
     "nothing there": (["inspect", "gone"], 1, ["gone does not exist."]),
     "no checkpoint": (["merge", "adapter", "adapter", "-o", "OUT"], 1, ["adapter is an adapter, but a checkpoint"]),
-    "no adapter": (["merge", "base", "tuned", "-o", "OUT"], 1, ["tuned is not an adapter: it has no adapter_config"]),
+    "no adapter": (["merge", "base", "tuned", "-o", "OUT"], 1, ["`surgery extract BASE tuned -o ADAPTER` makes an"]),
+    "swapped": (
+        ["merge", "adapter", "base", "-o", "OUT"],
+        1,
+        ["adapter is an adapter; BASE comes first; did you swap"],
+    ),
+    "merge first": (["extract", "base", "adapter", "-o", "OUT"], 1, ["`surgery merge BASE adapter -o MERGED`."]),
+    "no weight": (["merge", "base", "adapter=1,5", "-o", "OUT"], 1, ["not exist; a weight is written adapter=0.5."]),
+    "a quoted home": (
+        ["inspect", "~/x"],
+        1,
+        ["~/x does not exist; the shell did not expand `~`, leave out the quotes"],
+    ),
+    "a quoted adapter": (["merge", "base", "~/x", "-o", "OUT"], 1, ["~/x does not exist; the shell did not expand"]),
+    "no targets": (["extract", "base", "tuned", "--targets", "", "-o", "OUT"], 2, ["--targets is empty; name all-"]),
+    "a bound alone": (["extract", "base", "tuned", "--max-rank", "2", "-o", "OUT"], 2, ["give one of them."]),
     "the target exists": (["merge", "base", "adapter", "-o", "merged"], 1, ["merged exists already; pass --overwrite"]),
     "into an input": (["merge", "base", "adapter", "-o", "base/out"], 1, ["base/out lies inside the base base"]),
     "no record": (["subtract", "merged", "-o", "OUT"], 1, ["merged has no undo record", "name the adapters"]),
@@ -118,7 +134,7 @@ def test_a_known_error_is_one_sentence(
     printed = capsys.readouterr()
     assert printed.err.startswith("Error: ")
     assert printed.err.count("\n") == 1
-    assert printed.err.endswith(".\n")
+    assert printed.err.endswith((".\n", "?\n"))
     for part in parts:
         assert part in printed.err
     if as_json:
@@ -154,6 +170,7 @@ USAGE: dict[str, list[str]] = {
     "no number": ["extract", "base", "tuned", "-o", "out", "--rank", "many"],
     "rank of zero": ["extract", "base", "tuned", "-o", "out", "--rank", "0"],
     "no size": ["merge", "base", "adapter", "-o", "out", "--shard-size", "5 apples"],
+    "a size without a unit": ["merge", "base", "adapter", "-o", "out", "--shard-size", "5"],
     "no threads": ["merge", "base", "adapter", "-o", "out", "--threads", "0"],
 }
 
@@ -244,14 +261,31 @@ def test_an_interrupt_is_130_and_the_same_command_resumes(tmp_path: Path) -> Non
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert printed == ""
-    assert errors.strip() == "Interrupted; the same command resumes where it stopped."
+    partial = tmp_path / ".out.partial"
+    assert errors == f"\nInterrupted. What is done is in {partial}; the same command goes on from there.\n"
     assert not (tmp_path / "out").exists()
-    again = run_cli(*arguments, "--json")
+    again = run_cli(*arguments)
     assert again.returncode == 0
-    assert json.loads(again.stdout)["resumed"] >= 2
+    (line,) = [line for line in again.stdout.splitlines() if line.startswith("resumed")]
+    assert re.fullmatch(r"resumed +([2-9]|1\d) steps from an earlier run", line)
     surgery.merge(base, adapter, output=tmp_path / "expected", reversible=True)
     assert unequal(tmp_path / "out", tmp_path / "expected") == []
     assert not (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.parametrize("command", ["verify", "merge"])
+def test_an_interrupt_before_there_is_anything_to_resume(
+    command: str, inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    """What only looks has nothing to go on from, and neither has what did not begin."""
+
+    def interrupted(*arguments: object, **keywords: object) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(surgery, command, interrupted)
+    target = ["-o", str(tmp_path / "out")] if command == "merge" else []
+    assert run([command, "base", "adapter", *target]) == 130
+    assert capsys.readouterr().err == "\nInterrupted.\n"
 
 
 # JSON and quiet -------------------------------------------------------------------------------------------------------
@@ -278,6 +312,24 @@ def test_quiet_prints_nothing(command: str, inside: Path, tmp_path: Path, capfd:
     assert run([*arguments, "--quiet"]) == 0
     printed = capfd.readouterr()
     assert (printed.out, printed.err) == ("", "")
+
+
+@pytest.mark.parametrize("flag", ["--json", "--quiet"])
+def test_warnings_are_heard_without_the_tables(flag: str, inside: Path, tmp_path: Path, capsys: Captured) -> None:
+    """A change lost to rounding is said on stderr, and in the object; with the tables it is on stdout."""
+    arguments = ["merge", "base", "adapter=0.0001", "-o", str(tmp_path / "out")]
+    assert run([*arguments, flag]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith("Note: Most of the change was lost to rounding: it is smaller than the spacing of")
+    assert printed.err.count("\n") == 1
+    if flag == "--json":
+        assert printed.err == f"Note: {json.loads(printed.out)['notes'][0]}\n"
+    else:
+        assert printed.out == ""
+    assert run([*arguments, "--overwrite"]) == 0
+    printed = capsys.readouterr()
+    assert "Note: Most of the change was lost to rounding" in printed.out
+    assert printed.err == ""
 
 
 def test_quiet_still_says_what_failed(inside: Path, capsys: Captured) -> None:
@@ -307,15 +359,10 @@ def test_a_dry_run_writes_nothing_at_all(
     assert tree(place) == before
     if not as_json:
         lines = [line.split("  ")[0].strip() for line in printed.splitlines()]
-        assert lines[:7] == [
-            "would write",
-            "read",
-            "written",
-            "of it moved as bytes",
-            "tensors",
-            "peak memory",
-            "free disk",
-        ]
+        writing = ["read", "written", "copied unchanged", "tensors"]
+        extracting = ["modules", "rank", "parameters", "adapter", "read", "disk needed"]
+        middle = extracting if command == "extract" else writing
+        assert lines[: len(middle) + 3] == ["would write", *middle, "peak memory", "free disk"]
         return
     foretold = json.loads(printed)
     assert foretold["dry_run"] is True
@@ -349,7 +396,8 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(
     shares = []
     for line in lines:
         label, _, rest = line.partition(": ")
-        share, _, rest = rest.partition("% of 0.00 GB, ")
+        share, _, rest = rest.partition("% of ")
+        assert re.match(r"\d+(\.\d+)? kB, ", rest)
         assert label == "merging"
         assert rest.endswith(" s left")
         shares.append(int(share))
@@ -639,6 +687,14 @@ def test_every_command_has_help_with_examples(name: str, capsys: Captured) -> No
 )
 def test_sizes(text: str, size: int) -> None:
     assert Size().convert(text, None, None) == size
+
+
+@pytest.mark.parametrize("text", ["5", "9999", "9kB", "9 KiB"])
+def test_sizes_too_small_for_a_shard(text: str) -> None:
+    """Who types 5 means 5GB; a file for each tensor is nobody's wish."""
+    assert Size(least=10_000).convert("10kB", None, None) == 10_000
+    with pytest.raises(click.BadParameter, match=f"'{text}' is .* bytes, expected at least 10000; write a unit, as in"):
+        Size(least=10_000).convert(text, None, None)
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-5GB", "5 apples", "5GBB", "1e9", "5,5GB", "0x10"])

@@ -12,6 +12,7 @@ import surgery
 from surgery.errors import FormatError, InputError
 from surgery.hub import remote
 from surgery.hub.remote import BlockCache, RangeSource, open_folder
+from surgery.keywords import ExtractKeywords
 from surgery.source import read_bytes
 from tests.hub.fake_hub import Cut, FakeHub, environment
 from tests.tools import run_cli, square_adapter, square_checkpoint, unequal
@@ -74,7 +75,7 @@ def test_extracting_from_ids_gives_the_bytes_of_extracting_from_disk(hub: FakeHu
     surgery.merge(made / "base", made / "adapter", output=tmp_path / "tuned")
     hub.add("lab/base", made / "base")
     hub.add("lab/tuned", tmp_path / "tuned", "v2")
-    options = {"rank": 4, "device": "cpu", "base_name": "base"}
+    options = ExtractKeywords(rank=4, device="cpu", base_name="base")
     surgery.extract("lab/base", "lab/tuned@v2", output=tmp_path / "remote", **options)
     surgery.extract(made / "base", tmp_path / "tuned", output=tmp_path / "local", **options)
     assert unequal(tmp_path / "remote", tmp_path / "local") == ["surgery.json"]

@@ -192,13 +192,18 @@ def test_not_an_adapter(tmp_path: Path) -> None:
     base = save(make("llama"), tmp_path / "base")
     with pytest.raises(InputError, match=r"base is not an adapter: it has no adapter_config.json"):
         open_adapter(base)
-    with pytest.raises(InputError, match=r"nowhere does not exist"):
-        open_adapter(tmp_path / "nowhere")
+    for name in ("nowhere", "nowhere=abc"):
+        with pytest.raises(InputError, match=f"{name} does not exist\\.$"):
+            open_adapter(tmp_path / name)
     with pytest.raises(InputError, match=r"model.safetensors is not an adapter folder"):
         open_adapter(base / "model.safetensors")
     adapter = plain(tmp_path)
     with pytest.raises(InputError, match=r"adapter is an adapter, but a checkpoint is expected here"):
         surgery.merge(adapter, adapter, output=tmp_path / "merged")
+    for weight in ("abc", "1,5", ""):
+        with pytest.raises(InputError) as caught:
+            surgery.merge(base, f"{adapter}={weight}", output=tmp_path / "merged")
+        assert caught.value.message == f"{adapter}={weight} does not exist; a weight is written {adapter}=0.5."
     (adapter / "adapter_config.json").write_text("[]")
     with pytest.raises(FormatError, match=r"adapter_config.json holds a JSON list, expected an object"):
         open_adapter(adapter)

@@ -578,12 +578,22 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
 
 def test_an_adapter_is_no_checkpoint(tmp_path: Path) -> None:
     folder = adapter_of(tmp_path)
-    assert refusal(folder).message == f"{folder} is an adapter, but a checkpoint is expected here."
+    assert refusal(folder).message == (
+        f"{folder} is an adapter, but a checkpoint is expected here; merge it first: "
+        f"`surgery merge BASE {folder} -o MERGED`."
+    )
 
 
 def test_a_checkpoint_is_no_adapter(tmp_path: Path) -> None:
     folder = write(tmp_path, {"model.safetensors": ones("a")})
-    with pytest.raises(InputError, match=r"is not an adapter: it has no adapter_config\.json\."):
+    with pytest.raises(InputError) as caught:
+        read_adapter_files(LocalFolder(folder))
+    assert caught.value.message == (
+        f"{folder} is not an adapter: it has no adapter_config.json; it is a checkpoint. "
+        f"`surgery extract BASE {folder} -o ADAPTER` makes an adapter of it."
+    )
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"is not an adapter: it has no adapter_config\.json\.$"):
         read_adapter_files(LocalFolder(folder))
 
 

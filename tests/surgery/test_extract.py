@@ -164,6 +164,17 @@ def test_energy_and_budget_choose_ranks(tmp_path: Path) -> None:
     assert dearer.error <= uniform.error * (1 + 1e-6)
 
 
+def test_a_bound_that_costs_energy_is_noted(tmp_path: Path) -> None:
+    """--max-rank wins over --energy, and the report counts where; without loss there is no note."""
+    base, tuned = pair(tmp_path, "llama", scale=0.3)
+    bounded = surgery.extract(base, tuned, output=tmp_path / "bounded", energy=0.999, max_rank=1)
+    short = sum(module.energy_kept < 0.999 for module in bounded.modules)
+    assert short > 1
+    assert bounded.notes == (f"--max-rank kept {short} modules below --energy 0.999.",)
+    free = surgery.extract(base, tuned, output=tmp_path / "free", energy=0.5, max_rank=32)
+    assert free.notes == ()
+
+
 def test_mixed_ranks_load_in_peft(tmp_path: Path) -> None:
     """Fully qualified rank_pattern, one alpha, scales folded into B: the same function in PEFT."""
     base, tuned = pair(tmp_path, "llama", scale=0.3)
@@ -402,6 +413,11 @@ def test_quantised_checkpoints_are_refused(tmp_path: Path) -> None:
         ({"energy": 1.5}, "--energy is 1.5, expected a share above 0 and at most 1"),
         ({"method": "magic"}, "--method is 'magic', expected 'randomized' or 'exact'"),
         ({"dtype": "int8"}, "--dtype is 'int8', expected 'float32' or 'bfloat16'"),
+        ({"max_rank": 2}, r"--max-rank bounds the ranks of --energy and --budget; give one of them\."),
+        ({"max_rank": 2, "rank": 4}, "--max-rank bounds the ranks of --energy and --budget"),
+        ({"targets": ""}, r"--targets is empty; name all-linear, attention, mlp, .*, a suffix such as q_proj, or re:"),
+        ({"targets": " , "}, "--targets is empty"),
+        ({"targets": "experts"}, "--targets names 'experts', which matches no module of"),
         ({"budget": 3}, r"--budget is 3, below the \d+ parameters of the smallest module at rank 1"),
     ],
 )
@@ -414,9 +430,14 @@ def test_options_that_make_no_sense(options: dict[str, Any], sentence: str, tmp_
 def test_unknown_targets_are_named_with_what_there_is(tmp_path: Path) -> None:
     base, tuned = pair(tmp_path)
     with pytest.raises(
-        MismatchError, match=r"--targets names 'qproj', which matches no module of .*; there are .*q_proj"
+        OptionError,
+        match=r"--targets names 'qproj', which matches no module of .*; name all-linear, attention, mlp, .*, or "
+        r"re:PATTERN; the suffixes are .*q_proj, .*v_proj\.",
     ):
         surgery.extract(base, tuned, output=tmp_path / "adapter", targets="qproj,v_proj")
+    with pytest.raises(OptionError, match="2 problems with --targets") as caught:
+        surgery.extract(base, tuned, output=tmp_path / "adapter", targets="qproj,v_proj,vproj")
+    assert len(caught.value.problems) == 2
 
 
 def test_dry_run_reads_no_data_and_writes_nothing(tmp_path: Path) -> None:

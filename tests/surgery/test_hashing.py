@@ -205,6 +205,48 @@ def test_a_file_that_changed_is_hashed_anew(how: str, base: Path, adapter: Path,
     assert base_hashes(tmp_path / "two") == base_hashes(tmp_path / "one")
 
 
+def aged(path: Path, days: float) -> Path:
+    """A file that was written some days ago."""
+    then = time.time() - days * 86_400
+    os.utime(path, (then, then))
+    return path
+
+
+def test_the_cache_forgets_what_is_gone_and_what_is_old(base: Path, adapter: Path, tmp_path: Path, cache: Path) -> None:
+    """Once a day: entries of files that are not there any more, entries of 90 days, and what killed processes left."""
+    for name in ("gone", "old", "kept"):
+        shutil.copytree(base, tmp_path / name)
+        known = set(entries(cache))
+        surgery.merge(tmp_path / name, adapter, output=tmp_path / f"from-{name}")
+        (entry,) = [path for path in entries(cache) if path not in known and str(tmp_path / name) in path.read_text()]
+        (tmp_path / name / "entry").write_text(str(entry))
+    gone, old, kept = (Path((tmp_path / name / "entry").read_text()) for name in ("gone", "old", "kept"))
+    shutil.rmtree(tmp_path / "gone")
+    aged(old, 91)
+    aged(kept, 89)
+    broken = cache / "hashes" / "0.json"
+    broken.write_text("x")
+    leftover, young = cache / "hashes" / "0.123", cache / "hashes" / "0.124"
+    leftover.write_text("{")
+    aged(leftover, 2)
+    young.write_text("{")
+    surgery.merge(base, adapter, output=tmp_path / "same-day")
+    assert all(path.exists() for path in (gone, old, kept, broken, leftover, young))
+    aged(cache / "hashes" / ".pruned", 1.1)
+    surgery.merge(base, adapter, output=tmp_path / "next-day")
+    assert [path.exists() for path in (gone, old, broken, leftover)] == [False] * 4
+    assert kept.exists()
+    assert young.exists()
+
+
+def test_a_cache_that_cannot_be_pruned_is_no_error(base: Path, adapter: Path, tmp_path: Path, cache: Path) -> None:
+    (cache / "hashes" / ".pruned").mkdir(parents=True)
+    aged(cache / "hashes" / ".pruned", 2)
+    (cache / "hashes" / "folder.json").mkdir()
+    surgery.merge(base, adapter, output=tmp_path / "out")
+    assert (cache / "hashes" / "folder.json").is_dir()
+
+
 def test_another_path_is_hashed_anew_and_a_link_is_not(base: Path, adapter: Path, tmp_path: Path, cache: Path) -> None:
     """A copy with the same time is another file; a link is the same one."""
     surgery.merge(base, adapter, output=tmp_path / "one")

@@ -390,9 +390,13 @@ def test_rounding_report(tmp_path: Path) -> None:
         delta = 0.01 * wide[weight.name]
         realised = after[weight.name].double() - before[weight.name].double()
         assert weight.survived == pytest.approx(1 - float((realised - delta).norm() / delta.norm()), abs=0.02)
-        assert weight.unchanged == pytest.approx(float((realised == 0).double().mean()), abs=1e-9)
+        assert weight.unchanged_share == pytest.approx(float((realised == 0).double().mean()), abs=1e-9)
     assert lossy.survived is not None
     assert lossy.survived < 0.3
+    assert full.notes == ()
+    (note,) = lossy.notes
+    assert note.startswith("Most of the change was lost to rounding")
+    assert json.loads((tmp_path / "m16/surgery.json").read_bytes())["report"]["notes"] == [note]
 
 
 @pytest.mark.parametrize("where", ["base", "adapter"])
@@ -456,11 +460,9 @@ def test_layouts(tmp_path: Path) -> None:
     many = save(model, tmp_path / "many", torch.bfloat16, max_shard_size="15KB")
     (many / "LICENSE").write_text("text")
     expected = None
-    for number, (base, options) in enumerate(
-        [(one, {}), (many, {}), (one, {"shard_bytes": 9_000}), (many, {"shard_bytes": 10**9})]
-    ):
+    for number, (base, shard_bytes) in enumerate([(one, None), (many, None), (one, 9_000), (many, 10**9)]):
         out = tmp_path / f"out{number}"
-        surgery.merge(base, adapter, output=out, **options)
+        surgery.merge(base, adapter, output=out, shard_bytes=shard_bytes)
         expected = expected or stored(out)
         assert not different(stored(out), expected)
         transformers.LlamaForCausalLM.from_pretrained(out)

@@ -132,7 +132,7 @@ def test_what_it_holds(inputs: Path, tmp_path: Path) -> None:
     assert not any("revision" in item for item in content["inputs"])
     assert content["outputs"].keys() == open_checkpoint(inputs / "base").tensors.keys()
     assert content["files"].keys() == {"config.json", "generation_config.json", "tokenizer.json"}
-    assert set(content["report"]) >= {"weights", "survived", "unchanged", "copied", "nbytes"}
+    assert set(content["report"]) >= {"weights", "survived", "unchanged_share", "copied", "nbytes"}
     assert not set(content["report"]) & {"output", "plan", "dry_run", "resumed"}
 
 

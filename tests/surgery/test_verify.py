@@ -245,7 +245,7 @@ def test_what_differs_and_by_how_much(outputs: Path) -> None:
     report = compare(outputs / "base", outputs / "merged")
     assert not report.passed
     names = [item.name for item in report.different]
-    assert names == [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)]
+    assert sorted(names) == [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)]
     for item in report.different:
         left = load_file(shard_of(outputs / "base", item.name))[item.name].double()
         right = load_file(shard_of(outputs / "merged", item.name))[item.name].double()
@@ -336,6 +336,22 @@ def test_logits_are_compared(family: str, tmp_path: Path) -> None:
     share = float((found[0].argmax(-1) == found[1].argmax(-1)).double().mean())
     assert report.logits.agreement == pytest.approx(share)
     assert 0 < report.logits.relative < 2
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_running_models_draws_no_bars(shown: bool, outputs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The library prints nothing, and leaves transformers as it found it."""
+    logging = transformers.utils.logging
+    before = logging.is_progress_bar_enabled()
+    set_to: Callable[[], None] = logging.enable_progress_bar if shown else logging.disable_progress_bar
+    set_to()
+    try:
+        capfd.readouterr()
+        surgery.verify(outputs / "base", outputs / "merged", logits=True)
+        assert capfd.readouterr() == ("", "")
+        assert logging.is_progress_bar_enabled() is shown
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()
 
 
 def test_logits_on_the_command_line(outputs: Path) -> None:

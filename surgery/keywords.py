@@ -1,0 +1,120 @@
+"""The keywords of the library's verbs, for type checkers and editors; a test holds them to what they stand for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from surgery.execute import Progress
+
+
+class WritingKeywords(TypedDict, total=False):
+    """How to run what writes; nothing here is part of what it makes.
+
+    Attributes:
+        overwrite: replace an existing output.
+        dry_run: plan and check everything, write nothing.
+        threads: tensors at a time; one for each processor by default, at most eight.
+        progress: told about the bytes as they pass.
+    """
+
+    overwrite: bool
+    dry_run: bool
+    threads: int | None
+    progress: Progress | None
+
+
+class HashingKeywords(WritingKeywords, total=False):
+    """How to run what need not be hashed; with `hash`, every input and output tensor is, for `surgery.json`."""
+
+    hash: bool
+
+
+class RunKeywords(HashingKeywords, total=False):
+    """How to run what computes; `device` is `cpu`, `cuda`, `cuda:N`, or `auto`."""
+
+    device: str
+
+
+class ExtractKeywords(RunKeywords, total=False):
+    """What to extract, see `surgery.ops.extract.ExtractOptions`, and how to run."""
+
+    rank: int | str | None
+    energy: float | None
+    budget: int | None
+    max_rank: int | None
+    targets: str
+    method: str
+    dtype: str
+    save_residual: bool
+    allow_missing: bool
+    allow_nonfinite: bool
+    any_base: bool
+    base_name: str | None
+    seed: int
+    exact: bool
+
+
+class SubtractKeywords(RunKeywords, total=False):
+    """How to subtract, see `surgery.ops.merge.MergeOptions`, and how to run."""
+
+    shard_bytes: int | None
+    allow_nonfinite: bool
+
+
+class SwitchKeywords(SubtractKeywords, total=False):
+    """How to switch, see `surgery.ops.merge.MergeOptions`, and how to run."""
+
+    reversible: bool
+
+
+class MergeKeywords(SwitchKeywords, total=False):
+    """How to merge, see `surgery.ops.merge.MergeOptions`, and how to run."""
+
+    any_base: bool
+
+
+class ResizeKeywords(RunKeywords, total=False):
+    """How to resize, see `surgery.ops.combine.CombineOptions`, and how to run."""
+
+    rank: int | None
+    energy: float | None
+    dtype: str
+    drop_saved: bool
+    base_name: str | None
+
+
+class CombineKeywords(ResizeKeywords, total=False):
+    """How to combine, see `surgery.ops.combine.CombineOptions`, and how to run."""
+
+    method: str
+    density: float
+    as_peft: bool
+    any_base: bool
+    seed: int
+
+
+class ConvertKeywords(HashingKeywords, total=False):
+    """What to make of an adapter, see `surgery.ops.convert.ConvertOptions`, and how to run."""
+
+    experts: str | None
+    component: str | None
+    portable: bool
+    pad_ranks: bool
+    base_name: str | None
+
+
+class VerifyKeywords(TypedDict, total=False):
+    """How to compare, and how to run what only looks.
+
+    Attributes:
+        logits: run both checkpoints, too.
+        seed: of the random inputs.
+        threads: tensors at a time.
+        progress: told about the bytes as they pass.
+    """
+
+    logits: bool
+    seed: int
+    threads: int | None
+    progress: Progress | None
