@@ -207,9 +207,14 @@ def test_the_base_install_does_the_work(base_only: Path, inputs: Path, tmp_path:
         "reversible": ("merge", base, adapter, "--reversible"),
         "subtracted": ("subtract", "reversible"),
         "switched": ("switch", "reversible", adapter, f"{adapter}=0.5"),
+        "whole": ("extract", base, tuned, "--rank", "2", "--device", "cpu", "--exact"),
+        "restored": ("restore", base, "whole"),
+        "combined": ("combine", adapter, f"{adapter}=0.5"),
+        "resized": ("resize", adapter, "--rank", "1"),
+        "converted": ("convert", adapter, "--to", "mlx", "--base", base),
     }
     for name, arguments in work.items():
-        done = run(base_only, tmp_path, *arguments, "-o", name)
+        done = run(base_only, tmp_path, *arguments, "-o", name, "--quiet")
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
     for name in ("extracted", "merged", "reversible"):
@@ -217,6 +222,10 @@ def test_the_base_install_does_the_work(base_only: Path, inputs: Path, tmp_path:
     assert (tmp_path / "subtracted" / "model.safetensors").read_bytes() == (
         inputs / "base" / "model.safetensors"
     ).read_bytes()
+    assert unequal(tmp_path / "restored", Path(tuned)) == []
+    assert run(base_only, tmp_path, "push", "extracted", "lab/adapter", "--quiet").stderr == ""
+    assert run(base_only, tmp_path, "pull", "lab/adapter", "-o", "pulled", "--check-base", base, "--quiet").stderr == ""
+    assert unequal(tmp_path / "pulled", tmp_path / "extracted") == ["README.md"]
     for looking in (("inspect", "merged"), ("inspect", "extracted"), ("verify", "switched"), ("verify", base, base)):
         done = run(base_only, tmp_path, *looking)
         assert (done.returncode, done.stderr) == (0, "")
@@ -226,7 +235,7 @@ def test_the_base_install_does_the_work(base_only: Path, inputs: Path, tmp_path:
 def test_a_missing_extra_is_named(base_only: Path, inputs: Path, tmp_path: Path) -> None:
     """What needs a model to run says in one sentence what to install."""
     base = str(inputs / "base")
-    done = run(base_only, tmp_path, "verify", base, base, "--logits")
+    done = run(base_only, tmp_path, "verify", base, base, "--logits", "--quiet")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         "Error: This needs the package 'transformers', which is not installed; "
