@@ -1,7 +1,4 @@
-"""The runner inside mlx-lm's environment: `python -m consumers.run_mlx WORK ANSWERS`, on the CPU.
-
-A model is loaded by the functions that `mlx_lm.load` calls, without the tokenizer.
-"""
+"""The runner inside mlx-lm's environment: `python -m consumers.run_mlx WORK ANSWERS`, on the CPU."""
 
 from __future__ import annotations
 
@@ -11,9 +8,8 @@ from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
-from mlx_lm.tuner.utils import load_adapters
-from mlx_lm.utils import load_model
 
 from consumers.jobs import Job, LogProbs, Work, attempt, log_softmax
 
@@ -27,9 +23,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _logprobs(job: Job, prompts: Sequence[Sequence[int]]) -> LogProbs:
-    model, _ = load_model(Path(job.base))
-    if job.adapter:
-        model = load_adapters(model, job.adapter)
+    model = mlx_lm.load(job.base, adapter_path=job.adapter)[0]
     model.set_dtype(mx.float32)
     model.eval()
     rows = [model(mx.array([list(prompt)]))[0, -1].astype(mx.float32) for prompt in prompts]

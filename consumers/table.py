@@ -58,7 +58,7 @@ python -m consumers --only qwen3    # what has `qwen3` in its name, with the eng
 - MLX is mlx-lm on its CPU build for Linux.
 - "not run": adapters of experts, and any adapter on some mixtures of experts, need Triton in vLLM, which its CPU build
   lacks.
-- A tokenizer takes no part: prompts are token ids.
+- Prompts are token ids. llama.cpp's converter and MLX read the tokenizer too; vLLM is told to leave it alone.
 - Not run: SGLang, LoRAX, TensorRT-LLM and Ollama. None has a package that runs on a CPU and installs with pip. Lint's
   rules on SGLang and LoRAX come from reading their sources, and nothing here proves them.
 - Models of real size, quantised bases, GPU kernels and tensor parallelism were not tried either."""
