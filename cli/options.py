@@ -129,7 +129,7 @@ def reporting(command: Command) -> Command:
     """The options of every command that reports."""
     options: list[Decorator] = [
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout."),
-        click.option("-q", "--quiet", is_flag=True, help="No progress and no report."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress and no report; warnings stay."),
     ]
     return _apply(command, options)
 
