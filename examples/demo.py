@@ -1,9 +1,10 @@
 """The main job, on text that every Python has: a fine-tune as an adapter, merged and taken out again.
 
 A small Llama is trained on the source of the standard library and then, in full, on the reference manual that `help()`
-quotes from. From there on everything is done to the two stored checkpoints, with the commands that are shown: adapters
-of several ranks are extracted, one is merged and taken out again to the bit, and the loss on pages that no model has
-seen says what each adapter kept of the fine-tune.
+quotes from. From there on everything is done to the two stored checkpoints, with the commands that are shown. Adapters
+of several ranks are extracted; one is merged, and taken out again to the bit; one is kept with a record of all that it
+lacks, and gives the fine-tune back; two are combined; one is checked, pushed and pulled. The loss on pages that no
+model has seen says what each adapter kept of the fine-tune.
 
 Run it with `make demo`. Everything it writes goes to `.demo/`, and is written anew each time.
 """
@@ -76,6 +77,10 @@ QUICK = Scale(
 )
 # The rank that is merged, and whose number of parameters the budget is given.
 MERGED_RANK = 16
+_MADE = (
+    "base", "tuned", "merged", "restored", "linear-only", "budget", "exact", "tuned-again", "half-and-half", "resized",
+    "pulled", "registry",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -91,12 +96,16 @@ def main() -> None:
     folder = Path(arguments.folder)
     folder.mkdir(exist_ok=True)
     os.chdir(folder)
-    for name in ("base", "tuned", "merged", "restored", "linear-only", "budget", *map(_adapter, scale.ranks)):
+    for name in (*_MADE, *map(_adapter, scale.ranks)):
         shutil.rmtree(name, ignore_errors=True)
+    os.environ["SURGERY_REGISTRY"] = str(Path("registry").absolute())
 
     pages = train_checkpoints(scale)
     extract_adapters(scale)
     merge_and_take_out()
+    keep_all_of_it()
+    combine_and_resize(scale)
+    share()
     compare_losses(scale, pages)
 
 
@@ -154,6 +163,35 @@ def merge_and_take_out() -> None:
         console.print(f"sha256 {digest}  {name}/model.safetensors")
 
 
+def keep_all_of_it() -> None:
+    """An extraction that loses nothing: the adapter, and a record of what it lacks."""
+    heading("With nothing lost: the fine-tune from its adapter and a record, every byte of every file")
+    command(f"extract base tuned -o exact --exact --rank best --targets {EVERYTHING} --quiet")
+    command("inspect exact")
+    command("restore base exact -o tuned-again")
+    command("verify tuned tuned-again")
+    whole, kept = _folder_bytes("tuned"), _folder_bytes("exact")
+    console.print(f"\ntuned: {whole:,} bytes. exact, from which it came back: {kept:,} bytes, {kept / whole:.0%}.")
+
+
+def combine_and_resize(scale: Scale) -> None:
+    """The mean of two adapters, and a large one cut down: neither needs the base."""
+    heading("Adapters made of adapters")
+    command(f"combine {_adapter(MERGED_RANK)}=0.5 linear-only=0.5 -o half-and-half --quiet")
+    command(f"resize {_adapter(scale.ranks[-1])} --rank 4 -o resized --quiet")
+    console.print("\nTheir losses are in the table at the end.")
+
+
+def share() -> None:
+    """Checked for other tools, pushed to a registry in a folder, pulled into an empty one, and proved."""
+    heading("Shared")
+    command(f"lint {_adapter(MERGED_RANK)} --for peft,vllm,llama.cpp")
+    command(f"push {_adapter(MERGED_RANK)} lab/manual --quiet")
+    command("hub list")
+    command("pull lab/manual -o pulled --check-base base")
+    console.print("\nThe last table measures it as PEFT loads it from there.")
+
+
 def compare_losses(scale: Scale, pages: Tokens) -> None:
     """Measure every model on the held-out pages: adapters as PEFT loads them, `merged` as transformers does."""
     heading("What each of them knows of the manual")
@@ -161,6 +199,9 @@ def compare_losses(scale: Scale, pages: Tokens) -> None:
         **{f"rank {rank}": _adapter(rank) for rank in scale.ranks},
         f"ranks by budget, the size of rank {MERGED_RANK}": "budget",
         f"rank {MERGED_RANK}, linear layers only": "linear-only",
+        f"half of rank {MERGED_RANK}, half of that": "half-and-half",
+        f"rank {scale.ranks[-1]} resized to 4": "resized",
+        f"rank {MERGED_RANK}, pulled": "pulled",
     }
     found: dict[str, Loss] = {}
     names = ["base", *adapters.values(), "merged", "tuned"]
@@ -182,7 +223,9 @@ def compare_losses(scale: Scale, pages: Tokens) -> None:
     add("base", "base", _weight_bytes("base"), "")
     for label, name in adapters.items():
         report = _report(name)
-        add(f"base + {label}", name, report.nbytes, f"{report.error:.1%}")
+        # The error of a combined adapter is that of its own factors, not one against the fine-tune.
+        error = "" if name in ("half-and-half", "resized") else f"{report.error:.1%}"
+        add(f"base + {label}", name, report.nbytes, error)
     add(f"rank {MERGED_RANK} merged, in bfloat16", "merged", _weight_bytes("merged"), "")
     add("tuned", "tuned", _weight_bytes("tuned"), "")
     console.print()
@@ -238,6 +281,10 @@ def _report(name: str) -> Extracted:
 
 def _weight_bytes(name: str) -> int:
     return Path(name, "model.safetensors").stat().st_size
+
+
+def _folder_bytes(name: str) -> int:
+    return sum(path.stat().st_size for path in Path(name).rglob("*") if path.is_file())
 
 
 def _words(loss: Loss) -> str:

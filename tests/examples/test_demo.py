@@ -44,6 +44,22 @@ def test_a_merged_adapter_is_as_good_as_one_beside_the_base(shown: str) -> None:
 
 
 @pytest.mark.slow
+def test_what_was_pulled_is_what_was_pushed(shown: str) -> None:
+    loss = _rows(shown)
+    assert loss["base + rank 16, pulled"] == loss["base + rank 16"]
+    assert loss["base + rank 16 resized to 4"] == pytest.approx(loss["base + rank 4"], abs=0.01)
+
+
+@pytest.mark.slow
+def test_the_fine_tune_comes_back_whole(shown: str) -> None:
+    assert "tuned and tuned-again are the same in all" in shown
+    found = re.search(r"^tuned: ([\d,]+) bytes\. exact, from which it came back: ([\d,]+) bytes", shown, re.MULTILINE)
+    assert found is not None
+    whole, kept = (int(count.replace(",", "")) for count in found.groups())
+    assert kept < whole
+
+
+@pytest.mark.slow
 def test_the_restored_file_is_the_base_to_the_byte(shown: str) -> None:
     digests = {name: digest for digest, name in re.findall(r"sha256 (\w{64})  (\w+)/", shown)}
     assert digests["restored"] == digests["base"] != digests["merged"]
@@ -53,5 +69,8 @@ def test_the_restored_file_is_the_base_to_the_byte(shown: str) -> None:
 @pytest.mark.slow
 def test_every_command_is_shown_before_what_it_prints(shown: str) -> None:
     commands = re.findall(r"^\$ surgery (\w+)", shown, re.MULTILINE)
-    assert commands == ["extract"] * 5 + ["merge", "verify", "subtract", "verify"]
+    assert commands == [
+        *["extract"] * 5, "merge", "verify", "subtract", "verify", "extract", "inspect", "restore", "verify",
+        "combine", "resize", "lint", "push", "hub", "pull",
+    ]  # fmt: skip
     assert shown.index("$ surgery subtract merged") < shown.index("exactly, proved by the base's hashes")
