@@ -78,6 +78,19 @@ def combination_card(config: Mapping[str, object], report: CombineReport) -> str
     return with_section("", "\n".join([*lines, *_LOAD]), front)
 
 
+def conversion_card(config: Mapping[str, object], source: str, modules: int) -> str:
+    """The `README.md` of an adapter that came from another tool's format."""
+    base = config["base_model_name_or_path"]
+    lines = [
+        f"# LoRA{f' for {base}' if base else ''}",
+        "",
+        f"Converted from {source} by checkpoint-surgery: the same change of the same {modules} modules.",
+        "",
+    ]
+    front = {"base_model": str(base or ""), "library_name": "peft", "tags": ["lora", "checkpoint-surgery"]}
+    return with_section("", "\n".join([*lines, *_LOAD]), front)
+
+
 _LOAD = (
     "## Load it",
     "",
@@ -144,32 +157,3 @@ def _yaml(value: object) -> str:
 def _list(names: list[str]) -> str:
     shown = ", ".join(f"`{name}`" for name in names[:8])
     return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"
-
-
-def conversion_card(config: Mapping[str, object], source: str, modules: int) -> str:
-    """The `README.md` of an adapter that came from another tool's format."""
-    base = config["base_model_name_or_path"]
-    lines = [
-        "---",
-        *([f"base_model: {_yaml(base)}"] if base else []),
-        "library_name: peft",
-        "tags:",
-        "- lora",
-        "- checkpoint-surgery",
-        "---",
-        "",
-        f"# LoRA{f' for {base}' if base else ''}",
-        "",
-        f"Converted from {source} by checkpoint-surgery: the same change of the same {modules} modules.",
-        "",
-        "## Load it",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        "",
-        "model = PeftModel.from_pretrained(base_model, adapter)  # base_model: the base, loaded with transformers",
-        "```",
-        "",
-        "Or merge it into the base on disk: `surgery merge BASE ADAPTER -o MERGED`.",
-    ]
-    return "\n".join(lines) + "\n"

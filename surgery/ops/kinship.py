@@ -68,24 +68,6 @@ def note_other_base(base: Checkpoint, tuned: Checkpoint) -> tuple[str, ...]:
     )
 
 
-def note_not_merged(merged: Checkpoint, adapters: Sequence[Adapter]) -> tuple[str, ...]:
-    """What to say of adapters that are to be subtracted and are not among those on record as merged."""
-    content = read_provenance(merged.folder)
-    inputs = content.get("inputs") if content is not None else None
-    listed = [
-        {name: entry.get("blake3") for name, entry in item["tensors"].items() if isinstance(entry, dict)}
-        for item in (inputs if isinstance(inputs, list) else [])
-        if isinstance(item, dict) and item.get("role") == "adapter" and isinstance(item.get("tensors"), dict)
-    ]
-    hashes = HashBook()
-    return tuple(
-        f"{adapter.label} is not among the adapters that the surgery.json of {merged.label} names; if it was never "
-        "merged, the result is no base of anything."
-        for adapter in (adapters if listed else ())
-        if {name: hashes.require(tensor) for name, tensor in adapter.files.tensors.items()} not in listed
-    )
-
-
 def _refuse(
     base: Checkpoint,
     adapters: Sequence[Adapter],

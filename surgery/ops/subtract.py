@@ -19,7 +19,6 @@ from surgery.errors import InputError, IntegrityError, MismatchError, Unsupporte
 from surgery.hashing import HashBook
 from surgery.operation import RunOptions, check_paths, staged, summarise
 from surgery.ops.fitting import Change, fit
-from surgery.ops.kinship import note_not_merged
 from surgery.ops.merge import MergeOptions, MergePlan, check_reversible, plan_merge, run_merge
 from surgery.ops.record import Record, has_record, open_record
 from surgery.ops.weights import Undo
@@ -127,8 +126,6 @@ def _replace(
     check_reversible(options, run_options)
     merging = plan_merge(removal.base, removal.adding, options, removal.undo)
     _check_literals(removal, merging, options)
-    if removal.record is None:
-        merging = replace(merging, notes=(*merging.notes, *note_not_merged(merged, old)))
     summary = summarise([merging.plan], output, run_options.settings)
     if run_options.dry_run:
         return MergeReport(str(output), summary, notes=merging.notes, dry_run=True, exact=removal.record is not None)

@@ -108,17 +108,6 @@ def test_switch_and_subtract_still_restore(pair: Path) -> None:
     assert unequal(pair / "base", pair / "again") == ["surgery.json"]
 
 
-def test_subtract_says_that_an_adapter_was_never_merged(pair: Path) -> None:
-    surgery.merge("base", "adapter", output="merged")
-    surgery.extract("base", "tuned", output="other", rank=1, device="cpu")
-    (note,) = surgery.subtract("merged", "other", output="less").notes
-    assert note == (
-        "other is not among the adapters that the surgery.json of merged names; if it was never merged, the result is "
-        "no base of anything."
-    )
-    assert surgery.subtract("merged", "adapter", output="back").notes == ()
-
-
 def test_extract_says_that_the_fine_tune_has_another_base(pair: Path) -> None:
     surgery.merge("base", "adapter", output="merged")
     assert surgery.extract("base", "merged", output="one", rank=1, device="cpu").notes == ()
