@@ -42,8 +42,9 @@ def main(arguments: Sequence[str]) -> int:
     engines = [engine for engine in engines if engine.installed]
     work = ENVIRONMENTS / "work"
     if not options.keep:
-        shutil.rmtree(work, ignore_errors=True)
-    shop = make_all(work, options.only)
+        shutil.rmtree(work / "answers", ignore_errors=True)
+    shutil.rmtree(work / "made", ignore_errors=True)
+    shop = make_all(work / "made", options.only)
     artefacts = shop.made
     prompts = _prompts()
     _ask(TRUTH, artefacts, prompts, work)

@@ -98,12 +98,10 @@ _EDITS: dict[str, tuple[str, dict[str, Any]]] = {
             "config": {"target_modules": ["query", *LINEAR[1:]]},
         },
     ),
-    "unknown-tensor": ("a tensor that is no factor", {"tensors": _with("base_model.model.model.gate.alpha", 3)}),
     "targets-too-few": ("`target_modules` names fewer than there are factors", {"config": {"target_modules": QV}}),
     "targets-all-linear": ("`target_modules: 'all-linear'`", {"config": {"target_modules": "all-linear"}}),
     "no-targets": ("no `target_modules`", {"drop": ["target_modules"]}),
     "no-alpha": ("no `lora_alpha`", {"drop": ["lora_alpha"]}),
-    "no-rank": ("no `r`", {"drop": ["r"]}),
     "pissa": ("`init_lora_weights: 'pissa'`", {"config": {"init_lora_weights": "pissa"}}),
     "ia3": ("`peft_type: 'IA3'`", {"config": {"peft_type": "IA3"}}),
     "fan-in-fan-out": ("`fan_in_fan_out` on linear layers", {"config": {"fan_in_fan_out": True}}),
@@ -132,6 +130,13 @@ def make_adapters(shop: Workshop) -> None:
             kept = {"peft_type", "r", "lora_alpha", "target_modules"}
             arguments = {"drop": set(json.loads((plain / CONFIG).read_text())) - kept}
         shop.add("refused", f"llama/{name}", what, _edited(plain, arguments), base)
+    # The rest of these says all there is to say.
+    stranger = partial(edit, plain, tensors=_with("base_model.model.model.gate.alpha", 3))
+    shop.add("refused", "llama/unknown-tensor", "a tensor that is no factor", stranger, base, "llama/peft-plain")
+    ranked = shop.root / "adapters" / "llama" / "peft-rank-12"
+    if ranked.exists():
+        write = partial(edit, ranked, drop=["r"])
+        shop.add("refused", "llama/no-rank", "no `r`, rank 12", write, base, "llama/peft-rank-12")
     shop.add("refused", "llama/pickled", "`adapter_model.bin`", lambda out: _pickled(plain, out), base)
     shop.add("refused", "llama/subfolder", "the adapter in a folder within", lambda out: _below(plain, out), base)
     shop.add(
@@ -139,8 +144,8 @@ def make_adapters(shop: Workshop) -> None:
     )
     shop.add("refused", "llama/other-base", "an adapter of a wider model", _of_wider_model, base)
     shop.add("refused", "mixtral/per-expert", "per-expert factors, PEFT before 0.18", _per_expert, shop.base("mixtral"))
-    write = lambda out: _per_expert(out, "qwen3_moe")  # noqa: E731
-    shop.add("refused", "qwen3_moe/per-expert", "per-expert factors, PEFT before 0.18", write, shop.base("qwen3_moe"))
+    of_qwen = partial(_per_expert, family="qwen3_moe")
+    shop.add("refused", "qwen3_moe/per-expert", "per-expert factors, PEFT before 0.18", of_qwen, shop.base("qwen3_moe"))
 
 
 def _of_wider_model(out: Path) -> None:

@@ -58,7 +58,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", _MOE),
 }
 # Families whose tokenizer is byte-level BPE and nothing else; the others take a SentencePiece model.
-_BYTE_LEVEL = ("gpt2", "gpt_neox")
+_BYTE_LEVEL = ("gpt2", "gpt_neox", "qwen2", "qwen3", "qwen3_moe")
 
 
 def make(family: str, seed: int = 0, **settings: Any) -> Any:
@@ -116,13 +116,13 @@ def save(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16, **option
 
 
 def _sentencepiece() -> bytes:
-    """A SentencePiece model of `VOCABULARY` pieces: three special ones, the bytes, and invented words.
+    """A SentencePiece model of `VOCABULARY` pieces: four special ones, the bytes, and invented words.
 
     It is a protobuf message. Field 1 repeats a piece, which is a string (1), a score (2) and a type (3); field 2 says
     how it was trained: that bytes stand in for what no piece covers (35).
     """
     normal, unknown, control, byte = 1, 2, 3, 6
-    pieces = [("<unk>", unknown), ("<s>", control), ("</s>", control)]
+    pieces = [("<unk>", unknown), ("<s>", control), ("</s>", control), ("<|endoftext|>", control)]
     pieces += [(f"<0x{value:02X}>", byte) for value in range(256)]
     pieces += [(f"\u2581w{index}", normal) for index in range(VOCABULARY - len(pieces))]
     message = b""

@@ -104,12 +104,12 @@ def _run(model: Path, adapter: Path | None, prompts: Sequence[Sequence[int]], fo
         except Exception as error:
             lines = [line for line in said().splitlines() if "error" in line.lower() or "failed" in line.lower()]
             raise RuntimeError("; ".join([*lines[-3:], str(error)])) from error
-    rows = []
-    for prompt in prompts:
-        engine.reset()
-        engine.eval(list(prompt))
-        rows.append(engine.scores[len(prompt) - 1].copy())
-    engine.close()
+        rows = []
+        for prompt in prompts:
+            engine.reset()
+            engine.eval(list(prompt))
+            rows.append(engine.scores[len(prompt) - 1].copy())
+        engine.close()
     return log_softmax(np.array(rows, dtype=np.float32))
 
 

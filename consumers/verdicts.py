@@ -78,13 +78,15 @@ def reference(truth: Answer | None, peft: Answer | None, untouched: Answer | Non
         untouched: of the base; PEFT's answer if it loaded nothing, which then has no say.
         by_peft: whether PEFT wrote it.
     """
-    decides = by_peft or (truth is not None and truth.refusal.startswith("UnsupportedError"))
-    unmerged = _numbers(peft)
-    if unmerged is None or _near(unmerged, _numbers(untouched)):
-        return _numbers(truth)
-    merged = _numbers(truth)
+    merged, unmerged = _numbers(truth), _numbers(peft)
+    if unmerged is None:
+        return merged
+    if merged is None and by_peft:
+        return unmerged
+    if _near(unmerged, _numbers(untouched)):
+        return merged
     if merged is None:
-        return unmerged if decides else None
+        return unmerged if truth is not None and truth.refusal.startswith("UnsupportedError") else None
     return merged if _near(unmerged, merged) else None
 
 

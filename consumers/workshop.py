@@ -28,7 +28,7 @@ class Artefact:
         path: its folder.
         base: the checkpoint that an adapter acts on; for a checkpoint, itself.
         engines: the only ones to give it to; none for all.
-        means: the artefact that says the same, where this one's format is not PEFT's.
+        means: the artefact that says the same, where neither PEFT nor a merge will say what this one means.
     """
 
     name: str
@@ -79,7 +79,9 @@ class Workshop:
         folder = self.root / kind / family
         return folder if folder.exists() else models.save(make(), folder, dtype)
 
-    def add(self, group: str, name: str, what: str, write: Write, base: Path | None = None) -> Path | None:
+    def add(
+        self, group: str, name: str, what: str, write: Write, base: Path | None = None, means: str = ""
+    ) -> Path | None:
         """Let `write` make the artefact, in a fresh folder of its own."""
         if self.only not in name:
             return None
@@ -89,5 +91,5 @@ class Workshop:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             write(folder)
-        self.made.append(Artefact(name, what, group, folder, base or folder))
+        self.made.append(Artefact(name, what, group, folder, base or folder, means=means))
         return folder
