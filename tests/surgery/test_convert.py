@@ -819,7 +819,7 @@ def test_the_command(llama: Path, tmp_path: Path) -> None:
     run = run_cli("convert", folder, "--to", "mlx", "-o", tmp_path / "mlx")
     assert run.returncode == 0, run.stderr
     assert re.search(
-        r"format +peft to mlx *\nmodules +1 *\ntensors +0 moved as bytes, 2 computed *\nscales +exact", run.stdout
+        r"format +peft to mlx *\nmodules +1 *\ntensors +0 copied unchanged, 2 computed *\nscales +exact", run.stdout
     )
     run = run_cli("convert", tmp_path / "mlx", "--to", "peft", "-o", tmp_path / "peft", "--json")
     report = json.loads(run.stdout)
