@@ -22,6 +22,8 @@ from consumers.table import cell, page, tidy
 from consumers.verdicts import SAME, Linted, Outcome, judge, lint_all, reference
 from consumers.workshop import Artefact
 
+# How long the last whole run took, in seconds.
+_DURATION = ENVIRONMENTS / "duration.txt"
 _LENGTHS = (3, 5, 8, 13, 21, 34)
 
 
@@ -52,12 +54,13 @@ def main(arguments: Sequence[str]) -> int:
         begun = time.monotonic()
         _ask(engine, artefacts, prompts, work)
         print(f"{engine.title}: {time.monotonic() - begun:.0f} s", file=sys.stderr)
+    if not (options.keep or options.only or options.engines):
+        _DURATION.write_text(str(time.monotonic() - started))
     outcomes = _outcomes(artefacts, engines, work)
     _print(artefacts, outcomes)
     if options.docs:
         versions = {engine.name: engine.versions() for engine in engines}
-        seconds = time.monotonic() - started
-        (ROOT / "docs" / "consumers.md").write_text(page(shop, outcomes, versions, _cost(seconds)))
+        (ROOT / "docs" / "consumers.md").write_text(page(shop, outcomes, versions, _cost()))
     return int(not all(outcome.agreed for outcome in outcomes.values()))
 
 
@@ -129,7 +132,9 @@ def _print(artefacts: Sequence[Artefact], outcomes: dict[tuple[str, str], Outcom
     print(f"{len(artefacts)} artefacts; {same} of {len(outcomes)} outcomes the same; {disagreed} not as lint says")
 
 
-def _cost(seconds: float) -> str:
+def _cost() -> str:
+    """Time and disk of a whole run, in a sentence."""
+    seconds = float(_DURATION.read_text()) if _DURATION.exists() else 0.0
     size = sum(path.stat().st_size for path in ENVIRONMENTS.rglob("*") if path.is_file() and not path.is_symlink())
     spent = f"the run took {seconds / 60:.0f} minutes on two cores"
     return f"With everything installed {spent}; `.consumers/` takes {size / 1e9:.1f} GB."

@@ -59,7 +59,7 @@ class Engine:
 
 TRUTH = Engine("truth", "merged", "run_truth", (), 0.0)
 ENGINES = (
-    Engine("peft", "PEFT", "run_peft", ("peft", "transformers", "torch"), 1e-5),
+    Engine("peft", "PEFT, transformers", "run_peft", ("peft", "transformers", "torch"), 1e-5),
     Engine(
         "vllm",
         "vLLM",

@@ -85,7 +85,7 @@ def make_trained(shop: Workshop) -> None:
         tied: dict[str, Any] = {"target_modules": [*LINEAR, module]}
         what = f"PEFT: `{module}` targeted, tied embeddings"
         shop.add("trained", f"qwen3/peft-{name}", what, _train("qwen3", tied), base)
-    for family in ("mixtral", "qwen3_moe"):
+    for family in filter(shop.wants, ("mixtral", "qwen3_moe")):
         base = shop.base(family)
         fused: dict[str, Any] = {
             "target_modules": QV,

@@ -57,6 +57,10 @@ class Workshop:
         self.made: list[Artefact] = []
         self.unconverted: dict[str, str] = {}
 
+    def wants(self, family: str) -> bool:
+        """Whether anything of a family may be among what is to be made."""
+        return "/" not in self.only or self.only.partition("/")[0] == family
+
     def base(self, family: str) -> Path:
         return self._model("bases", family, lambda: models.make(family))
 

@@ -13,7 +13,7 @@ from consumers.workshop import Artefact, Workshop, Write
 
 def make_adapters(shop: Workshop) -> None:
     """What `extract` writes, for each family and with each option."""
-    for family in models.FAMILIES:
+    for family in filter(shop.wants, models.FAMILIES):
         _of_family(shop, family)
     _extracted(shop)
     _experts(shop)
@@ -65,7 +65,7 @@ def _extracted(shop: Workshop) -> None:
 
 
 def _experts(shop: Workshop) -> None:
-    for family in ("mixtral", "qwen3_moe"):
+    for family in filter(shop.wants, ("mixtral", "qwen3_moe")):
         base, tuned = shop.base(family), shop.tuned(family)
         write = _extract(base, tuned, targets="attention")
         shop.add("written", f"{family}/extract-attention", "`extract --targets attention`", write, base)
