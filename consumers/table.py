@@ -53,9 +53,9 @@ python -m consumers --only qwen3    # what has `qwen3` in its name, with the eng
   build that fits, and text models load without them.
 - llama.cpp comes with `llama-cpp-python`, whose source package holds the converters (`convert_hf_to_gguf.py`,
   `convert_lora_to_gguf.py`) too; it is compiled. Its KV cache is set to float32 here; with the default, float16, a
-  Llama is about 2e-3 off. Gemma and GPT-NeoX are 1e-3 off in any case, because GELU goes through a float16 table. Hence
-  the tolerance. The converters know byte-level tokenizers by a hash; for the invented ones here that check is answered
-  with `gpt-2`.
+  Llama is about 2e-3 off. Gemma and GPT-NeoX are 1e-3 off in any case, because GELU goes through a float16 table.
+  Hence the tolerance. The converters know byte-level tokenizers by a hash; for the invented ones here that check is
+  answered with `gpt-2`.
 - MLX is mlx-lm on its CPU build for Linux.
 - "not run": adapters of experts, and any adapter on some mixtures of experts, need Triton in vLLM, which its CPU build
   lacks.
