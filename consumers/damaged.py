@@ -212,6 +212,7 @@ def make_checkpoints(shop: Workshop) -> None:
         ),
         ("llama/checkpoint-no-tokenizer", "no tokenizer", _without_tokenizer(shop.base("llama"))),
         ("qwen3_moe/checkpoint-some-dense", "some layers dense", _some_dense),
+        ("qwen3_moe/checkpoint-top-k", "`norm_topk_prob: false`", changed("qwen3_moe", norm_topk_prob=False)),
     ):
         shop.add("refused", name, what, write)
     for family in ("llama", "qwen2", "mixtral", "qwen3_moe"):

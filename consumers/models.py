@@ -32,7 +32,7 @@ _TEXT = {
 _HEAD = {**_TEXT, "head_dim": 32}
 _TIED = {**_HEAD, "tie_word_embeddings": True}
 _NOT_GROUPED = {key: value for key, value in _TEXT.items() if key != "num_key_value_heads"}
-_MOE = {**_HEAD, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
+_MOE = {**_HEAD, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 _GPT2 = {
     "vocab_size": VOCABULARY,
     "n_embd": 128,

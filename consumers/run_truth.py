@@ -34,7 +34,7 @@ def _merged(job: Job, prompts: Sequence[Sequence[int]], folder: Path) -> LogProb
     if not wide.exists():
         load(job.base).to(torch.float32).save_pretrained(wide)
     out = folder / "merged"
-    surgery.merge(wide, job.adapter, output=out, overwrite=True, hash=False)
+    surgery.merge(wide, job.adapter, output=out, overwrite=True, hash=False, any_base=True)
     return logprobs(load(out), prompts)
 
 

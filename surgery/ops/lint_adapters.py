@@ -74,6 +74,19 @@ def _ranks_of_the_config(adapter: AdapterFiles) -> Iterator[str]:
             return
 
 
+@rule("llama.cpp/rank", SILENT, f"{GGUF}: alpha over the tensors' rank, where vLLM takes the config's", TO_PEFT)
+def _rank_of_the_tensors(adapter: AdapterFiles) -> Iterator[str]:
+    if isinstance(adapter.config.get("r"), int):
+        yield from _ranks_of_the_config(adapter)
+
+
+@rule("peft/kind", SILENT, "measured with peft 0.21.2: another kind of adapter is made, and nothing of this is loaded")
+def _is_lora_in_peft(adapter: AdapterFiles) -> Iterator[str]:
+    kind = adapter.config.get("peft_type")
+    if adapter.factors and kind != "LORA":
+        yield f"peft_type is {kind!r}, and the tensors are those of a LoRA; write 'LORA' there"
+
+
 @rule("peft/prefix", SILENT, "measured with peft 0.21.2: it warns of missing keys and dW is 0", TO_PEFT)
 @rule("lorax/prefix", SILENT, "LoRAX main 2025, adapters/lora.py: map_weights_for_model", TO_PEFT)
 def _keys_have_the_prefix(adapter: AdapterFiles) -> Iterator[str]:
@@ -158,7 +171,6 @@ def _is_target(module: str, targets: object) -> bool:
         return True  # too intricate to try
 
 
-@rule("peft/modules", SILENT, "measured with peft 0.21.2: it warns, and dW is 0", "")
 @rule("vllm/modules", REFUSED, "vLLM 0.32.0, lora/lora_model.py: check_unexpected_modules; measured: or left out")
 @rule("llama.cpp/modules", REFUSED, f"{GGUF}: 'Can not map tensor'")
 def _modules_of_the_base(adapter: AdapterFiles) -> Iterator[str]:
@@ -169,6 +181,12 @@ def _modules_of_the_base(adapter: AdapterFiles) -> Iterator[str]:
     unknown = [module for module in adapter.factors if module.replace(".base_layer", "") not in known]
     if unknown:
         yield f"{some(unknown)}: no modules of {adapter.base.label}"
+
+
+@rule("peft/modules", SILENT, "measured with peft 0.21.2: it warns, and dW is 0", "")
+def _modules_in_peft(adapter: AdapterFiles) -> Iterator[str]:
+    if not adapter.config.get("layer_replication"):  # which makes the layers that the base lacks
+        yield from _modules_of_the_base(adapter)
 
 
 @rule("peft/shapes", REFUSED, "peft 0.21.2, utils/save_and_load.py: 'size mismatch'")
@@ -275,10 +293,34 @@ def _every_expert(adapter: AdapterFiles) -> Iterator[str]:
     MERGE,
 )
 def _conv1d(adapter: AdapterFiles) -> Iterator[str]:
-    if adapter.config.get("fan_in_fan_out") and any(
-        re.search(r"\bh\.\d+\..*c_\w+$", module) for module in adapter.factors
-    ):
+    if adapter.config.get("fan_in_fan_out") and _is_gpt2(adapter):
         yield "the base stores its weights transposed (fan_in_fan_out, GPT-2), and the factors are transposed with them"
+
+
+def _is_gpt2(adapter: AdapterFiles) -> bool:
+    return any(re.search(r"\bh\.\d+\..*c_\w+$", module) for module in adapter.factors)
+
+
+@rule("vllm/gpt2", REFUSED, "measured with vLLM 0.32.0: 'GPT2LMHeadModel does not support LoRA yet.'", MERGE)
+def _no_lora_in_vllm(adapter: AdapterFiles) -> Iterator[str]:
+    if _is_gpt2(adapter):
+        yield "the base is a GPT-2, for which vLLM takes no LoRA"
+
+
+@rule(
+    "llama.cpp/tied-embeddings", REFUSED, "measured with llama-cpp-python 0.3.36: GGML_ASSERT(ggml_can_mul_mat)", MERGE
+)
+@rule("mlx/tied-embeddings", SILENT, "measured with mlx-lm 0.32.2: the factors act on the head too, 2 nats off", MERGE)
+def _tied_embeddings(adapter: AdapterFiles) -> Iterator[str]:
+    tied = None if adapter.base is None else head_tied_to(adapter.base)
+    module = "" if tied is None else tied.name.removesuffix(".weight")
+    of_mlx = adapter.format == "mlx" and f"{module}.lora_a" in adapter.files.tensors
+    if (
+        adapter.base is not None
+        and tied is not None
+        and (of_mlx or "lora_embedding_A" in adapter.factors.get(module, {}))
+    ):
+        yield f"{module!r} has factors, and {adapter.base.label} has its head tied to it"
 
 
 @rule("llama.cpp/tied-head", REFUSED, f"{GGUF}: 'lm_head is present in adapter, but is ignored in base model'", MERGE)

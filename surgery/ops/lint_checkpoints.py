@@ -52,6 +52,30 @@ def _architectures(checkpoint: Checkpoint) -> Iterator[str]:
         yield "config.json names no class in 'architectures', expected one such as 'LlamaForCausalLM'"
 
 
+@rule(
+    "llama.cpp/n-ctx",
+    REFUSED,
+    "measured with llama-cpp-python 0.3.36: KeyError 'n_ctx', which transformers 5 no longer writes",
+    'add "n_ctx" to config.json, with the value of n_positions',
+)
+def _n_ctx(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.model_type == "gpt2" and "n_ctx" not in checkpoint.config:
+        yield "config.json of a GPT-2 has no 'n_ctx', expected the length of the context"
+
+
+@rule("llama.cpp/top-k", SILENT, "measured with llama-cpp-python 0.3.36: it normalises in any case, 0.8 nats off")
+def _normalised_top_k(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.model_type == "qwen3_moe" and not checkpoint.config.get("norm_topk_prob"):
+        yield "norm_topk_prob is not true, and the weights of the chosen experts will be normalised nevertheless"
+
+
+@rule("mlx/dtypes", REFUSED, "measured with mlx-lm 0.32.2: 'unsupported dtype F64'")
+def _float64(checkpoint: Checkpoint) -> Iterator[str]:
+    found = [name for name, tensor in checkpoint.tensors.items() if tensor.dtype.name == "F64"]
+    if found:
+        yield f"{some(found)}: float64, expected float32 or less"
+
+
 @rule("llama.cpp/architecture", REFUSED, "llama.cpp (llama-cpp-python 0.3.36), conversion/__init__.py: TEXT_MODEL_MAP")
 def _llama_cpp_architecture(checkpoint: Checkpoint) -> Iterator[str]:
     if checkpoint.architecture and checkpoint.architecture not in LLAMA_CPP_ARCHITECTURES:

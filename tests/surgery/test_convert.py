@@ -832,3 +832,13 @@ def test_the_command(llama: Path, tmp_path: Path) -> None:
     run = run_cli("convert", folder, "--to", "kohya", "-o", tmp_path / "k")
     assert run.returncode == 1
     assert "give --component" in run.stderr
+
+
+def test_a_tied_embedding_is_refused_for_mlx(tmp_path: Path) -> None:
+    """mlx-lm would apply its factors to the head as well."""
+    base = save(make("llama-tied"), tmp_path / "base")
+    adapter = write_adapter(make("llama-tied"), LoraConfig(r=2, target_modules=["embed_tokens"]), tmp_path / "adapter")
+    path = adapter / "adapter_model.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if ".base_layer." not in n}, path)
+    with pytest.raises(UnsupportedError, match=r"has its head tied to it: MLX would add them to the head too; merge"):
+        surgery.convert(adapter, to="mlx", base=base, output=tmp_path / "out")

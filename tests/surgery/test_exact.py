@@ -454,14 +454,14 @@ def test_a_killed_run_resumes(command: str, tmp_path: Path) -> None:
     arguments = extract if command == "extract" else ("restore", base, tmp_path / "adapter")
     out = tmp_path / "killed"
     killed = 0
-    for wait in (1.5, 2.5, 3.5):
+    for wait in (0.7, 1.5, 2.5, 3.5):
         process = start_cli(*arguments, "-o", out)
         time.sleep(wait)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            killed += 1
-            assert not out.exists()
+        process.send_signal(signal.SIGKILL)
         process.communicate()
+        if out.exists():  # whole, as the comparison below shows
+            break
+        killed += 1
     assert killed
     if not out.exists():
         done = run_cli(*arguments, "-o", out)

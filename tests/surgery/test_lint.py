@@ -105,6 +105,17 @@ def strange_mlx(tmp_path: Path) -> Path:
     return folder
 
 
+def tied_in_mlx(tmp_path: Path) -> Path:
+    """Factors on an embedding, as mlx-lm has them."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    key = "model.embed_tokens"
+    save_file({f"{key}.lora_a": torch.ones(96, 2), f"{key}.lora_b": torch.ones(2, 32)}, folder / "adapters.safetensors")
+    config = {"num_layers": 2, "lora_parameters": {"rank": 2, "scale": 1.0, "dropout": 0.0}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
 def wider() -> dict[str, torch.Tensor]:
     """Factors for a model of another width."""
     return {f"{PREFIX}{Q}.lora_{w}.weight": torch.ones(s) for w, s in (("A", (2, 64)), ("B", (64, 2)))}
@@ -163,7 +174,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], set[str]]] = {
         {f"{consumer}/format" for consumer in CONSUMERS},
     ),
     "mlx": (converted("mlx"), {"peft/format", "vllm/format", "llama.cpp/format", "sglang/format", "lorax/format"}),
-    "rank": (hand(r=4, rank_pattern={}), {"peft/rank", "vllm/rank-pattern"}),
+    "rank": (hand(r=4, rank_pattern={}), {"peft/rank", "vllm/rank-pattern", "llama.cpp/rank"}),
     "prefix": (renamed(PREFIX, ""), {"peft/prefix", "lorax/prefix"}),
     "default": (renamed(".weight", ".default.weight"), {"vllm/keys", "llama.cpp/keys"}),
     "no A": (without("lora_A.weight"), {"peft/pairs", "vllm/pairs", "llama.cpp/pairs"}),
@@ -200,9 +211,12 @@ BAD: dict[str, tuple[Callable[[Path], Path], set[str]]] = {
     "rank 600": (hand(r=600, rank_pattern={"q_proj": 2}), {"vllm/rank"}),
     "rslora": (with_peft(use_rslora=True), {"llama.cpp/rslora"}),
     "alphas": (hand(alpha_pattern={"q_proj": 7}), {"llama.cpp/alpha-pattern", "lorax/alpha-pattern"}),
-    "gpt2": (with_peft("gpt2", target_modules=["c_attn"], fan_in_fan_out=True), {"llama.cpp/conv1d"}),
+    "gpt2": (with_peft("gpt2", target_modules=["c_attn"], fan_in_fan_out=True), {"llama.cpp/conv1d", "vllm/gpt2"}),
     "tied": (with_peft("llama-tied", target_modules=["lm_head"]), {"llama.cpp/tied-head"}),
+    "tied embeddings": (with_peft("llama-tied", target_modules=["embed_tokens"]), {"llama.cpp/tied-embeddings"}),
+    "tied embeddings in mlx": (tied_in_mlx, {"mlx/tied-embeddings"}),
     "ia3": (ia3, {"vllm/kind", "llama.cpp/kind", "sglang/kind", "lorax/kind"}),
+    "lora by another name": (hand(peft_type="IA3"), {"peft/kind", "vllm/kind", "llama.cpp/kind"}),
     "replicated": (hand(layer_replication=[[0, 2]]), {"vllm/forward", "llama.cpp/layer-replication"}),
     "another width": (
         lambda tmp_path: by_hand(tmp_path, wider()),
@@ -221,7 +235,13 @@ BAD: dict[str, tuple[Callable[[Path], Path], set[str]]] = {
         {"peft/parameters"},
     ),
 }
-BASES = {"other modules": "llama", "another width": "llama", "tied": "llama-tied"}
+BASES = {
+    "other modules": "llama",
+    "another width": "llama",
+    "tied": "llama-tied",
+    "tied embeddings": "llama-tied",
+    "tied embeddings in mlx": "llama-tied",
+}
 
 
 def edited(folder: Path) -> Path:
@@ -375,6 +395,9 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], set[str]]] = {
     "contraption": (checkpoint(architectures=["ContraptionForThinking"]), {"llama.cpp/architecture"}),
     "bert": (checkpoint("bert"), {"mlx/model-type"}),
     "qwen3_moe": (checkpoint("qwen3_moe"), {"mlx/config-fields"}),
+    "top-k": (checkpoint("qwen3_moe", norm_topk_prob=False), {"llama.cpp/top-k"}),
+    "gpt2": (checkpoint("gpt2"), {"llama.cpp/n-ctx"}),
+    "float64": (checkpoint(tensors={"model.norm.weight": torch.ones(32, dtype=torch.float64)}), {"mlx/dtypes"}),
     "theta": (
         checkpoint("mixtral", rope_parameters={"rope_theta": 5e5, "rope_type": "default"}),
         {"mlx/rope-theta"},
@@ -427,7 +450,7 @@ def test_every_rule_on_checkpoints_has_a_case() -> None:
         ("llama-tied", {}),
         ("qwen2", {}),
         ("mixtral", {"rope_theta": 1e6}),
-        ("qwen3_moe", {"num_experts": 4, "rope_theta": 1e4}),
+        ("qwen3_moe", {"num_experts": 4, "rope_theta": 1e4, "norm_topk_prob": True}),
     ],
 )
 def test_good_checkpoints_are_clean(family: str, config: dict[str, Any], tmp_path: Path) -> None:
