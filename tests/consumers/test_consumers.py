@@ -84,7 +84,7 @@ def test_an_engine_that_dies_is_started_anew_for_the_rest(tmp_path: Path, monkey
 
 def test_errors_are_shown_without_folders_of_this_machine() -> None:
     root = Path(__file__).resolve().parents[2]
-    assert tidy(f"no {root}/.consumers/work/x,\n nor /tmp/abc1/model.gguf `here`") == "no work/x, nor model.gguf 'here'"
+    assert tidy(f"no {root}/.consumers/made/x,\n nor /tmp/abc1/model.gguf `here`") == "no made/x, nor model.gguf 'here'"
 
 
 def test_one_artefact_all_the_way(tmp_path: Path) -> None:
