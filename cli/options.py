@@ -81,7 +81,16 @@ def restoring(command: Command) -> Command:
 
 def writing(command: Command) -> Command:
     """The options of every other command that writes."""
-    options = _writing_options()
+    return _hashing(command, _writing_options())
+
+
+def writing_beside(default: str) -> Callable[[Command], Command]:
+    """Those of a command that has a name for its output where none is given."""
+    output = click.option("-o", "--output", type=click.Path(), help=f"Folder to write.  [default: {default}]")
+    return lambda command: _hashing(command, [output, *_writing_options()[1:]])
+
+
+def _hashing(command: Command, options: list[Decorator]) -> Command:
     hashing = click.option(
         "--no-hash",
         "hash",
@@ -105,14 +114,14 @@ def _resumable(command: Command) -> Command:
     """A command that says, when it is interrupted, whether there is something to go on from."""
 
     @functools.wraps(command)
-    def run(*arguments: Any, output: str, **options: Any) -> Any:
+    def run(*arguments: Any, output: str | None, **options: Any) -> Any:
         try:
             return command(*arguments, output=output, **options)
         except KeyboardInterrupt as error:
             from surgery.writer import staging_folder
 
             click.echo(err=True)  # as click does: the terminal has just shown ^C
-            raise Interrupted(staging_folder(Path(output))) from error
+            raise Interrupted(staging_folder(Path(output or "."))) from error
 
     return cast("Command", run)
 

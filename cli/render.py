@@ -11,6 +11,7 @@ from surgery.cli.render_adapters import extraction, merged, restored
 from surgery.cli.render_algebra import combination
 from surgery.cli.render_exchange import converted, linted
 from surgery.cli.render_look import adapter, checkpoint, compared, verified
+from surgery.cli.render_mixtures import upcycled
 from surgery.cli.tables import Reported, show
 
 # By the name of the report's class, so that nothing is imported to look it up.
@@ -24,6 +25,7 @@ DRAWINGS: dict[str, Callable[[Console, Any, bool], None]] = {
     "LintReport": linted,
     "MergeReport": merged,
     "RestoreReport": restored,
+    "UpcycleReport": upcycled,
     "VerifyReport": verified,
 }
 

@@ -21,6 +21,7 @@ from surgery.api import (
     restore,
     subtract,
     switch,
+    upcycle,
     verify,
 )
 from surgery.errors import (
@@ -61,5 +62,6 @@ __all__ = [
     "restore",
     "subtract",
     "switch",
+    "upcycle",
     "verify",
 ]

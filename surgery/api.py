@@ -23,6 +23,7 @@ from surgery.keywords import (
     RunKeywords,
     SubtractKeywords,
     SwitchKeywords,
+    UpcycleKeywords,
     VerifyKeywords,
     WritingKeywords,
 )
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from surgery.ops.lint import LintReport
     from surgery.ops.verify import CompareReport, VerifyReport
     from surgery.reports import CombineReport, ConvertReport, ExtractReport, MergeReport, RestoreReport
+    from surgery.upcycling.report import UpcycleReport
 
     CheckpointLike = str | os.PathLike[str] | Checkpoint
     AdapterLike = str | os.PathLike[str] | tuple[str | os.PathLike[str], float] | Adapter
@@ -247,6 +249,48 @@ def switch(
     run, options = _split(keywords)
     found, (one, other) = _resolved("MERGED", merged, (old, new))
     return run_switch(found, one, other, output, MergeOptions(**options), run)
+
+
+def upcycle(
+    checkpoint: CheckpointLike,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    **keywords: Unpack[UpcycleKeywords],
+) -> UpcycleReport:
+    """Write a dense checkpoint as a mixture of experts (Sparse Upcycling, arXiv:2212.05055).
+
+    Args:
+        checkpoint: the dense model.
+        output: the folder to write; by default beside the checkpoint, as `<name>-moe-<experts>x`.
+        **keywords:
+            experts: to each chosen MLP; 8 by default, or one for each model that `init` names.
+            top_k: experts that a token goes to; 2 by default.
+            router: `top-k` (the default) or `expert-choice`; `encoder=...,decoder=...` for models that have both.
+            capacity: of expert choice: the experts that take a token, on average; 2 by default.
+            group: of expert choice: the tokens that compete, `sequence` (the default) or `batch`.
+            allow_future: let expert choice into a decoder.
+            layers: `all` (the default), `last:N`, `last:half`, `every:N`, or a list such as `0,4-7`.
+            init: `copy` (the default), `noise:STD`, `drop:RATIO`, `granular:G`, `from:A,B,...`, `adapters:A,B,...`.
+            rest: with `from` and `adapters`, what becomes of everything else: `average`, `first` or `base`.
+            router_init: `normal:STD`, `zeros`, or `hidden:PROMPTS.jsonl`; `normal:0.02` by default.
+            shared_expert: add an expert that sees every token and starts out silent.
+            combine: `normalized` (the default) or `raw`.
+            target: the model type to write; `auto` by default.
+            seed: of everything random.
+            shard_bytes: split the weights into files of at most this many bytes; 5 GB by default.
+            overwrite: replace an existing output.
+            dry_run: plan and check everything, write nothing.
+            threads: tensors at a time.
+            hash: hash every tensor for `surgery.json`; True by default.
+            progress: told about the bytes as they pass.
+    """
+    from surgery.hub.resolve import resolve_checkpoint
+    from surgery.upcycling.options import UpcycleOptions
+    from surgery.upcycling.upcycle import upcycle as run_upcycle
+
+    _check_keywords("upcycle", keywords, UpcycleKeywords)
+    run, options = _split(keywords)
+    return run_upcycle(resolve_checkpoint(checkpoint), output, UpcycleOptions(**options), run)
 
 
 def _resolved(

@@ -53,7 +53,7 @@ class StoredTensor:
     @property
     def key(self) -> tuple[str, str, int, str]:
         """What tells a stored tensor from every other."""
-        return self.source.name, self.name, self.offset, self.dtype.name
+        return self.source.name, self.name, self.offset, f"{self.dtype.name}{list(self.shape)}"
 
     def __getitem__(self, index: int) -> StoredTensor:
         """Slice `index` along the first dimension: one expert of a stack. It keeps the name of the whole."""

@@ -311,11 +311,14 @@ class StepIO:
 
         if not rows.numel():
             return
-        data = rows.contiguous().view(-1).view(torch.uint8).numpy().data
         width = output.dtype.bits // 8 * (output.shape[-1] if output.shape else 1)
-        position, hasher = self._writing.get(output.name, (0, new_hash() if self._hashes.enabled else None))
-        if begin * width != position:
+        if begin * width != self._writing.get(output.name, (0, None))[0]:
             raise ValueError(f"{output.name}: row {begin} written out of order")
+        self.write_bytes(output, rows.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def write_bytes(self, output: TensorSpec, data: memoryview) -> None:
+        """Write the next bytes of an output tensor."""
+        position, hasher = self._writing.get(output.name, (0, new_hash() if self._hashes.enabled else None))
         self._staging.write(output.name, position, data)
         if hasher is not None:
             hasher.update(data)

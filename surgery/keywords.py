@@ -104,6 +104,26 @@ class ConvertKeywords(HashingKeywords, total=False):
     base_name: str | None
 
 
+class UpcycleKeywords(HashingKeywords, total=False):
+    """What to make of a dense checkpoint, see `surgery.upcycling.options.UpcycleOptions`, and how to run."""
+
+    experts: int | None
+    top_k: int | None
+    router: str
+    capacity: float | None
+    group: str
+    allow_future: bool
+    layers: str
+    init: str
+    rest: str | None
+    router_init: str
+    shared_expert: bool
+    combine: str
+    target: str
+    seed: int
+    shard_bytes: int | None
+
+
 class VerifyKeywords(TypedDict, total=False):
     """How to compare, and how to run what only looks.
 

@@ -1,0 +1,117 @@
+"""What `upcycle` and `dense` report. Plain data; `--json` prints it and `surgery.json` keeps the numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from surgery.reports import Report
+
+
+@dataclass(frozen=True)
+class StackReport:
+    """What became of one stack of layers.
+
+    Attributes:
+        stack: `encoder` or `decoder`.
+        layers: the sparse ones, zero-based, of `depth`.
+        experts: routed experts to a layer.
+        top_k: experts to a token, or None under expert choice.
+        capacity: under expert choice: experts to a token on average, else None.
+        normalized: whether a token's weights sum to one.
+        group: under expert choice: the tokens that compete.
+    """
+
+    stack: str
+    layers: tuple[int, ...]
+    depth: int
+    experts: int
+    top_k: int | None
+    capacity: float | None
+    normalized: bool
+    group: str | None
+
+
+@dataclass(frozen=True)
+class ConsumerReport:
+    """Whether one program loads the output.
+
+    Attributes:
+        verdict: `loads`, `warning`, `silently wrong` or `refused`, as `lint` has it.
+        reasons: what stands against it, one sentence each.
+        option: what would change the verdict, if anything would.
+    """
+
+    consumer: str
+    verdict: str
+    reasons: tuple[str, ...] = ()
+    option: str = ""
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """Where the tokens of the verification went, in one layer: shares of all choices, one to an expert."""
+
+    layer: str
+    shares: tuple[float, ...]
+    uncovered: float = 0.0
+
+
+@dataclass(frozen=True)
+class PreservationReport:
+    """How far the mixture is from the dense model as a function, both in float32.
+
+    Attributes:
+        inputs: what they were run on: `2 sequences of 64 random tokens`, or the file.
+        largest: the largest difference of two logits.
+        relative: || difference || / || dense logits ||.
+        agreement: the share of positions whose largest logit is the same.
+        bound: what `relative` may be where the theorem holds that nothing changes, else None.
+        dense_loss, loss: mean negative log-likelihood a token on a text, in nats; None without a text.
+        loads: of each sparse layer.
+    """
+
+    inputs: str
+    largest: float
+    relative: float
+    agreement: float
+    bound: float | None = None
+    dense_loss: float | None = None
+    loss: float | None = None
+    loads: tuple[ExpertLoad, ...] = ()
+
+
+@dataclass(frozen=True)
+class UpcycleReport(Report):
+    """What `upcycle` wrote.
+
+    Attributes:
+        source: the dense model type.
+        target: the model type written.
+        architecture: its class.
+        stacks: what became of each stack.
+        init: how the experts started out.
+        router_init: how the routers started out.
+        parameters: in all.
+        active: of those, the ones a token meets.
+        dense_parameters: of the dense model.
+        nbytes: of the weight files.
+        preserved: whether it is a theorem that the mixture is the dense function, to rounding.
+        consumers: who loads it.
+        preservation: the measured difference; None where it was not measured.
+        notes: what to know before training it.
+    """
+
+    source: str = ""
+    target: str = ""
+    architecture: str = ""
+    stacks: tuple[StackReport, ...] = ()
+    init: str = ""
+    router_init: str = ""
+    parameters: int = 0
+    active: int = 0
+    dense_parameters: int = 0
+    nbytes: int = 0
+    preserved: bool = False
+    consumers: tuple[ConsumerReport, ...] = ()
+    preservation: PreservationReport | None = None
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,104 @@
+"""Tensors that a mixture has and the dense model has not: routers, and what starts out at zero. They need no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from surgery.checkpoint import StoredTensor
+from surgery.dtypes import DType
+from surgery.errors import UnsupportedError
+from surgery.execute import StepIO
+from surgery.layout import TensorSpec
+from surgery.plan import Step, StepResult
+from surgery.upcycling.experts import stream
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_ZEROS = bytes(1 << 20)
+
+
+@dataclass(frozen=True)
+class ZerosStep(Step):
+    """A tensor of zeros."""
+
+    output: TensorSpec
+
+    @property
+    def name(self) -> str:
+        return self.output.name
+
+    @property
+    def reads(self) -> tuple[StoredTensor, ...]:
+        return ()
+
+    @property
+    def writes(self) -> tuple[TensorSpec, ...]:
+        return (self.output,)
+
+    @property
+    def computes(self) -> bool:
+        return False
+
+    def run(self, io: StepIO) -> StepResult:
+        for begin in range(0, self.output.nbytes, len(_ZEROS)):
+            io.write_bytes(self.output, memoryview(_ZEROS)[: min(len(_ZEROS), self.output.nbytes - begin)])
+        return StepResult()
+
+
+@dataclass(frozen=True)
+class RouterStep(Step):
+    """A router's weight (experts, hidden): N(0, std), a row to a copy of the MLP, repeated for its `groups` parts.
+
+    Of virtual groups (arXiv:2410.07524): the parts of one copy have one score, so a token goes to all of them or none.
+    """
+
+    output: TensorSpec
+    std: float
+    groups: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return self.output.name
+
+    @property
+    def reads(self) -> tuple[StoredTensor, ...]:
+        return ()
+
+    @property
+    def writes(self) -> tuple[TensorSpec, ...]:
+        return (self.output,)
+
+    @property
+    def computes(self) -> bool:
+        return False
+
+    def run(self, io: StepIO) -> StepResult:
+        import numpy as np
+
+        experts, hidden = self.output.shape
+        rows = stream(self.seed, self.name).standard_normal((experts // self.groups, hidden))
+        rows = np.repeat((self.std * rows).astype(np.float32), self.groups, axis=0)
+        io.write_bytes(self.output, encoded(rows, self.output.dtype))
+        return StepResult()
+
+
+def encoded(values: np.ndarray, dtype: DType) -> memoryview:
+    """Finite float32 values as the bytes of a stored dtype, rounded to nearest, ties to even.
+
+    Raises `UnsupportedError` for a dtype that no router is stored in.
+    """
+    import numpy as np
+
+    if dtype.name == "BF16":  # the upper half of a float32
+        bits = values.view(np.uint32)
+        return memoryview(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes())
+    plain = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}.get(dtype.name)
+    if plain is None:
+        raise UnsupportedError(
+            f"The feed-forward weights are stored as {dtype}, which no router can have; convert the checkpoint to "
+            "bfloat16 first."
+        )
+    return memoryview(values.astype(plain).tobytes())

@@ -1,0 +1,122 @@
+"""`upcycle CHECKPOINT --experts E`: a dense checkpoint becomes a mixture of experts (arXiv:2212.05055, section 2).
+
+Everything outside the chosen MLPs is copied, each chosen MLP is copied E times, and a router is drawn afresh. Copies
+move as bytes; only routers, and experts that start out different, are computed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+from surgery.checkpoint import Checkpoint
+from surgery.operation import RunOptions, check_paths, staged, summarise
+from surgery.pairing import refuse_quantised
+from surgery.plan import Plan
+from surgery.provenance import Input
+from surgery.upcycling.advice import notes_on
+from surgery.upcycling.choice import choose_target, mixtures
+from surgery.upcycling.dense_defaults import with_defaults
+from surgery.upcycling.mlps import find_mlps
+from surgery.upcycling.options import UpcycleOptions
+from surgery.upcycling.planning import Upcycling, new_config, plan_upcycling
+from surgery.upcycling.report import StackReport, UpcycleReport
+from surgery.upcycling.targets import Mixture
+
+
+def upcycle(
+    checkpoint: Checkpoint,
+    output: str | os.PathLike[str] | None,
+    options: UpcycleOptions,
+    run_options: RunOptions,
+) -> UpcycleReport:
+    """Write `checkpoint` as a mixture of experts at `output`; by default beside it, as `<name>-moe-<experts>x`."""
+    refuse_quantised(checkpoint)
+    work = prepare(checkpoint, options)
+    plan = plan_upcycling(work)
+    inputs = [Input("dense", checkpoint)]
+    target = Path(output) if output is not None else default_output(checkpoint, work.mixtures)
+    check_paths(target, inputs, run_options.overwrite)
+    report = _report(work, plan, target, run_options)
+    if run_options.dry_run:
+        return replace(report, dry_run=True)
+    with staged(target, plan, ("upcycle", options), run_options) as run:
+        run.execute(plan, "upcycling")
+        report = replace(report, resumed=run.resumed)
+        run.finish("upcycle", options, inputs, report.numbers())
+    return report
+
+
+def prepare(checkpoint: Checkpoint, options: UpcycleOptions) -> Upcycling:
+    """Decide everything that headers and config allow to decide; raises all that there is to refuse."""
+    mlps = find_mlps(checkpoint)
+    chosen = mixtures(mlps, options)
+    config = with_defaults(checkpoint.config, checkpoint.model_type)
+    target = choose_target(checkpoint, config, chosen, options)
+    return Upcycling(checkpoint, config, mlps, chosen, target, options)
+
+
+def default_output(checkpoint: Checkpoint, chosen: Mapping[str, Mixture]) -> Path:
+    """`<name>-moe-<experts>x` beside a local checkpoint, and in the working folder for one on a Hub."""
+    experts = next(iter(chosen.values())).experts
+    if checkpoint.path is None:
+        return Path(f"{Path(checkpoint.label.partition('@')[0]).name}-moe-{experts}x")
+    place = checkpoint.path.resolve()
+    stem = place.name if place.is_dir() else place.stem
+    return place.parent / f"{stem}-moe-{experts}x"
+
+
+def _report(work: Upcycling, plan: Plan, target: Path, run_options: RunOptions) -> UpcycleReport:
+    specs = [spec for step in plan.steps for spec in step.writes]
+    parameters = sum(prod(spec.shape) for spec in specs)
+    architectures = new_config(work)["architectures"]
+    assert isinstance(architectures, list)
+    return UpcycleReport(
+        output=str(target),
+        plan=summarise([plan], target, run_options.settings),
+        source=work.checkpoint.model_type,
+        target=work.target.name,
+        architecture=str(architectures[0]),
+        stacks=tuple(
+            StackReport(
+                stack=stack,
+                layers=mixture.layers,
+                depth=mixture.depth,
+                experts=mixture.experts,
+                top_k=mixture.top_k,
+                capacity=mixture.capacity,
+                normalized=mixture.normalized,
+                group=None if mixture.capacity is None else mixture.group,
+            )
+            for stack, mixture in work.mixtures.items()
+        ),
+        init=work.options.init,
+        router_init=work.options.router_init,
+        parameters=parameters,
+        active=parameters - sum(_idle(mlp.parameters, mixture) for mlp, mixture in work.chosen),
+        dense_parameters=work.checkpoint.parameters,
+        nbytes=plan.layout.nbytes,
+        preserved=is_preserved(work),
+        notes=notes_on(work),
+    )
+
+
+def _idle(parameters: int, mixture: Mixture) -> int:
+    """Parameters of one layer's experts that a token does not meet."""
+    one = parameters // mixture.groups
+    active = mixture.top_k if mixture.top_k is not None else mixture.capacity
+    assert active is not None
+    return round(max(0.0, mixture.experts - active) * one)
+
+
+def is_preserved(work: Upcycling) -> bool:
+    """Whether the mixture is the dense function by construction: identical experts under weights that sum to one.
+
+    Under expert choice a token that no expert takes gets nothing, so it holds only where every expert takes all.
+    """
+    full = all(m.capacity is None or m.capacity >= m.experts for m in work.mixtures.values())
+    normalized = all(m.normalized for m in work.mixtures.values())
+    return work.options.expert_init.identical and normalized and full and work.target.preserving
