@@ -20,6 +20,7 @@ from surgery import operation, reports
 from surgery.cli.main import COMMANDS
 from surgery.hub import account, listing, pull, push
 from surgery.ops import inspection, lint, verify
+from surgery.upcycling import report as upcycling
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -123,7 +124,7 @@ def _parts(hint: Any) -> Iterator[type]:
 def _reported() -> list[type]:
     """Every dataclass that `--json` can print: the reports, and what they hold."""
     modules: tuple[types.ModuleType, ...] = (
-        reports, inspection, verify, operation, lint, push, pull, listing, account,
+        reports, inspection, verify, operation, lint, push, pull, listing, account, upcycling,
     )  # fmt: skip
     todo = [
         found

@@ -259,6 +259,7 @@ def _load(path: Path) -> Any:
     import torch
 
     transformers = _transformers()
+    from surgery.moe import modeling_upcycled  # this also makes AutoConfig know the upcycled types
 
     try:
         config = transformers.AutoConfig.from_pretrained(path)
@@ -266,7 +267,8 @@ def _load(path: Path) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(f"{path} cannot be run: transformers has no model for its config ({reason}).") from error
     names = getattr(config, "architectures", None) or []
-    cls = getattr(transformers, names[0], None) if names else None
+    homes = (transformers, modeling_upcycled)
+    cls = next((getattr(home, names[0]) for home in homes if names and hasattr(home, names[0])), None)
     if cls is None:
         raise InputError(f"{path} names no class of transformers in its config, so it cannot be run.")
     return cls.from_pretrained(path, dtype=torch.float32).eval()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from surgery.upcycling.mixture import Mixture
 from surgery.upcycling.planning import Upcycling
-from surgery.upcycling.targets import Mixture
 
 
 def notes_on(work: Upcycling) -> tuple[str, ...]:

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from surgery.checkpoint import Checkpoint
 from surgery.errors import OptionError, UnsupportedError
 from surgery.names import plain
-from surgery.upcycling.mlps import DOWN, Mlp
+from surgery.upcycling.mixture import Asked, Config, Mixture, Target
+from surgery.upcycling.mlps import Mlp
+from surgery.upcycling.native import NATIVE
 from surgery.upcycling.options import (
     DEFAULT_CAPACITY,
     DEFAULT_EXPERTS,
@@ -17,7 +19,7 @@ from surgery.upcycling.options import (
     parse_layers,
     per_stack,
 )
-from surgery.upcycling.targets import BY_NAME, TARGETS, Asked, Config, Mixture, Target, fits_layers
+from surgery.upcycling.shipped import SHIPPED, shipped_target
 
 AUTO = "auto"
 
@@ -38,7 +40,7 @@ def mixtures(mlps: Sequence[Mlp], options: UpcycleOptions) -> dict[str, Mixture]
         if not chosen:
             continue
         first = next(mlp for mlp in mlps if mlp.stack == stack)
-        inner = inner_size(first)
+        inner = first.inner
         if inner % init.groups:
             raise OptionError(
                 f"--init is granular:{init.groups}, but the intermediate size {inner} does not divide by it."
@@ -97,11 +99,6 @@ def _top_k(options: UpcycleOptions, experts: int) -> int:
     return top_k
 
 
-def inner_size(mlp: Mlp) -> int:
-    """The intermediate size of a gated MLP: the columns of `down_proj`."""
-    return mlp.leaves[DOWN].shape[-1]
-
-
 def choose_target(
     checkpoint: Checkpoint, config: Config, chosen: Mapping[str, Mixture], options: UpcycleOptions
 ) -> Target:
@@ -109,59 +106,56 @@ def choose_target(
 
     Raises `OptionError` for a name that is none, `UnsupportedError` with what each format cannot express.
     """
-    if options.target != AUTO and options.target not in BY_NAME:
-        raise OptionError(f"--target is {options.target!r}, expected auto, {', '.join(BY_NAME)}.")
-    fitting: list[Target] = []
-    reasons: dict[str, list[str]] = {}
-    for target in TARGETS:
-        if checkpoint.model_type in target.sources:
-            found = objections(target, checkpoint, config, chosen)
-            if not found:
-                fitting.append(target)
-            reasons[target.name] = found
-    named = BY_NAME.get(options.target)
-    usable = fitting if named is None else [target for target in fitting if target is named]
+    formats = targets_of(checkpoint.model_type)
+    known = {target.name: target for target in (*NATIVE, *formats)}
+    if options.target not in (AUTO, SHIPPED, *known):
+        raise OptionError(f"--target is {options.target!r}, expected auto, {', '.join(known)} or {SHIPPED}.")
+    reasons = {target.name: objections(target, Asked(checkpoint, config, chosen)) for target in formats}
+    fitting = [target for target in formats if not reasons[target.name]]
+    usable = [target for target in fitting if options.target in (AUTO, target.name)]
     if usable:
         return usable[0]
-    model_type = plain(checkpoint.model_type)
-    if named is not None and named.name not in reasons:
+    model_type, asked_for = plain(checkpoint.model_type), options.target
+    if asked_for == AUTO:
+        listed = "; ".join(f"{name} {' and '.join(found)}" for name, found in reasons.items())
         raise UnsupportedError(
-            f"{checkpoint.label} is a {model_type}, which {named.name} has no place for; it takes "
-            f"{', '.join(named.sources)}." + _remedy(fitting)
+            f"{checkpoint.label} is a {model_type}, and no format can hold this mixture of it: {listed}."
         )
-    if named is not None:
-        raise UnsupportedError(
-            f"{checkpoint.label} cannot become {named.name}, which {' and '.join(reasons[named.name])}."
-            + _remedy(fitting)
-        )
-    listed = "; ".join(f"{name} {' and '.join(found)}" for name, found in reasons.items())
-    raise UnsupportedError(
-        f"{checkpoint.label} is a {model_type}, and no format can hold this mixture of it: {listed or 'none is known'}."
-    )
+    if asked_for in reasons:
+        what = f"cannot become {asked_for}, which {' and '.join(reasons[asked_for])}."
+    else:
+        takes = f", which takes {', '.join(known[asked_for].sources)}" if asked_for in known else ""
+        what = f"is a {model_type} and cannot become {asked_for}{takes}."
+    raise UnsupportedError(f"{checkpoint.label} {what}{_remedy(fitting)}")
+
+
+def targets_of(model_type: str) -> tuple[Target, ...]:
+    """Every format for a dense family: the native ones first."""
+    native = tuple(target for target in NATIVE if model_type in target.sources)
+    shipped = shipped_target(model_type)
+    return native if shipped is None else (*native, shipped)
 
 
 def _remedy(fitting: Sequence[Target]) -> str:
     return f" `--target {fitting[0].name}` can hold it." if fitting else ""
 
 
-def objections(target: Target, checkpoint: Checkpoint, config: Config, chosen: Mapping[str, Mixture]) -> list[str]:
+def objections(target: Target, asked: Asked) -> list[str]:
     """What a format cannot express of a model and the mixture asked for."""
     found = []
-    for mixture in chosen.values():
-        if not fits_layers(target, mixture):
-            found.append(
-                f"can make only {target.subset.value} sparse (asked for {_listed(mixture.layers)} of {mixture.depth})"
-            )
-        if mixture.capacity is not None:
+    for stack, mixture in asked.mixtures.items():
+        if not target.fits(mixture):
+            layers = f"asked for {_listed(mixture.layers)} of {mixture.depth}"
+            found.append(f"can make only {target.subset.value} sparse ({layers})")
+        if mixture.capacity is not None and not target.expert_choice:
             found.append("has no expert choice")
         if not mixture.normalized and not target.raw:
             found.append("always normalises the weights of a token's experts")
-        if mixture.shared and target.shared is None:
+        if mixture.shared and target.blocks[stack].shared is None:
             found.append("has no shared expert")
-        found += target.objections(Asked(checkpoint, config, mixture))
-    if task_of(checkpoint) not in target.tasks:
-        found.append(f"has no class for {checkpoint.architecture or 'this task'}")
-    return found
+    if target.tasks and task_of(asked.checkpoint) not in target.tasks:
+        found.append(f"has no class for {plain(asked.checkpoint.architecture) or 'this task'}")
+    return [*dict.fromkeys([*found, *target.objections(asked)])]
 
 
 def _listed(layers: Sequence[int]) -> str:

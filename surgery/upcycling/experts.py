@@ -282,7 +282,7 @@ def _within(index: torch.Tensor, begin: int, end: int) -> torch.Tensor:
 
 def _pieces(io: StepIO, source: StoredTensor) -> Iterator[torch.Tensor]:
     """A stored matrix some rows at a time, from memory that it shares with the other recipes of the step."""
-    whole = io.shared(source)
+    whole = io.shared(source).view(source.rows, source.columns)
     rows = max(1, (8 << 20) // max(1, 4 * source.columns))
     for begin in range(0, source.rows, rows):
         yield whole[begin : begin + rows]

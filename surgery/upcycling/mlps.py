@@ -8,35 +8,28 @@ from dataclasses import dataclass, field
 
 from surgery.checkpoint import Checkpoint, StoredTensor
 from surgery.errors import FormatError, UnsupportedError, several
-from surgery.names import expert_of, natural_key, plain
+from surgery.moe_families import UPCYCLED_FAMILIES, Leaf, Stack
+from surgery.names import expert_of, plain
 
-# Model types whose feed-forward block is down(act(gate(x)) * up(x)) under the names of Llama.
-GATED_TYPES = (
-    "llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "ernie4_5", "hunyuan_v1_dense", "qwen3_5_text",
-)  # fmt: skip
-GATE, UP, DOWN = "gate_proj.weight", "up_proj.weight", "down_proj.weight"
+# Parameters of a block are called by the role of their leaf: `gate`, `up` and `down` of a gated MLP, else `in`, `out`.
+GATE, UP, DOWN = "gate.weight", "up.weight", "down.weight"
+_OUTPUTS = ("down", "out")
 
-
-@dataclass(frozen=True)
-class DenseFamily:
-    """Where a family keeps its feed-forward blocks.
-
-    Attributes:
-        pattern: matches a stored parameter of one, in full; groups `module` (the block), `layer`, `leaf`, and `stack`
-            where there are two.
-        stack: of a family that has one: `encoder` or `decoder`.
-    """
-
-    pattern: re.Pattern[str]
-    stack: str = "decoder"
+# Families with a native mixture that are stored as Llama is, and need no modelling code of ours.
+_LIKE_LLAMA = ("olmo2", "granite", "ernie4_5", "hunyuan_v1_dense")
 
 
-_GATED = DenseFamily(
-    re.compile(
-        r"(?P<module>(?:.*\.)?layers\.(?P<layer>\d+)\.mlp)\.(?P<leaf>(?:gate_proj|up_proj|down_proj)\.(?:weight|bias))"
-    )
-)
-DENSE_FAMILIES: dict[str, DenseFamily] = dict.fromkeys(GATED_TYPES, _GATED)
+def stacks_of(model_type: str) -> Mapping[str, Stack]:
+    """The stacks of layers of a dense family; empty for one that is not known."""
+    if model_type in _LIKE_LLAMA:
+        return UPCYCLED_FAMILIES["llama"].stacks
+    family = UPCYCLED_FAMILIES.get(model_type)
+    return family.stacks if family is not None else {}
+
+
+def known_types() -> tuple[str, ...]:
+    """Every dense model type whose feed-forward blocks can be found."""
+    return (*UPCYCLED_FAMILIES, *_LIKE_LLAMA)
 
 
 @dataclass(frozen=True)
@@ -45,28 +38,49 @@ class Mlp:
 
     Attributes:
         stack: `encoder` or `decoder`.
-        layer: zero-based.
-        module: the stored path of the block: `model.layers.3.mlp`.
-        leaves: its parameters by the rest of their names: `gate_proj.weight`.
+        number: zero-based layer.
+        layer: the stored path of the layer: `model.layers.3`.
+        leaves: the linear maps that it has, by role.
+        parts: its parameters, by role: `gate.weight`, `out.bias`.
     """
 
     stack: str
-    layer: int
-    module: str
-    leaves: Mapping[str, StoredTensor] = field(repr=False)
-
-    @property
-    def parent(self) -> str:
-        """The stored path of the layer."""
-        return self.module.rpartition(".")[0]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.leaves.values())
+    number: int
+    layer: str
+    leaves: Mapping[str, Leaf] = field(repr=False)
+    parts: Mapping[str, StoredTensor] = field(repr=False)
 
     @property
     def parameters(self) -> int:
-        return sum(tensor.numel for tensor in self.leaves.values())
+        return sum(tensor.numel for tensor in self.parts.values())
+
+    @property
+    def output(self) -> StoredTensor:
+        """The weight that leads out of the block."""
+        return next(self.parts[f"{role}.weight"] for role in _OUTPUTS if f"{role}.weight" in self.parts)
+
+    @property
+    def hidden(self) -> int:
+        """Size of what goes in and comes out."""
+        return self.output.shape[1 - self.output_axis]
+
+    @property
+    def inner(self) -> int:
+        """The intermediate size."""
+        return self.output.shape[self.output_axis]
+
+    @property
+    def output_axis(self) -> int:
+        """The dimension of `output` that counts the intermediate units."""
+        role = next(role for role in _OUTPUTS if role in self.leaves)
+        return 0 if self.leaves[role].transposed else 1
+
+    def inner_axis(self, part: str) -> int | None:
+        """The dimension of a parameter that counts the intermediate units; None for the bias of the output."""
+        role, _, kind = part.partition(".")
+        if role in _OUTPUTS:
+            return self.output_axis if kind == "weight" else None
+        return 1 - self.output_axis if kind == "weight" else 0
 
 
 def find_mlps(checkpoint: Checkpoint) -> tuple[Mlp, ...]:
@@ -75,56 +89,64 @@ def find_mlps(checkpoint: Checkpoint) -> tuple[Mlp, ...]:
     Raises `UnsupportedError` for a family without a row in the table and for a mixture of experts, `FormatError` for
     layers that are not there or differ from each other in shape.
     """
-    family = DENSE_FAMILIES.get(checkpoint.model_type)
     if any(expert_of(name) is not None or ".experts." in name for name in checkpoint.tensors):
         raise UnsupportedError(
             f"{checkpoint.label} is a mixture of experts already; `surgery dense` makes a dense checkpoint of it."
         )
-    if family is None:
-        known = ", ".join(DENSE_FAMILIES)
+    stacks = stacks_of(checkpoint.model_type)
+    if not stacks:
         raise UnsupportedError(
             f"{checkpoint.label} is of type {plain(checkpoint.model_type or 'unknown')!r}, for whose feed-forward "
-            f"blocks no names are known; expected one of {known}."
+            f"blocks no names are known; expected one of {', '.join(known_types())}."
         )
-    found: dict[tuple[str, int, str], dict[str, StoredTensor]] = {}
-    for name, tensor in checkpoint.tensors.items():
-        if (match := family.pattern.fullmatch(name)) is not None:
-            stack = match.groupdict().get("stack") or family.stack
-            found.setdefault((stack, int(match["layer"]), match["module"]), {})[match["leaf"]] = tensor
-    mlps = tuple(
-        Mlp(stack, layer, module, dict(sorted(leaves.items(), key=lambda item: natural_key(item[0]))))
-        for (stack, layer, module), leaves in sorted(found.items())
-    )
-    problems = [*_problems(checkpoint, mlps)]
+    mlps = [mlp for stack, layout in stacks.items() for mlp in _of_stack(checkpoint, stack, layout)]
+    problems = [*_problems(checkpoint, mlps, stacks)]
     if problems:
         raise FormatError(several(f"the layers of {checkpoint.label}", problems), problems)
-    return mlps
+    return tuple(mlps)
 
 
-def _problems(checkpoint: Checkpoint, mlps: tuple[Mlp, ...]) -> Iterator[str]:
+def _of_stack(checkpoint: Checkpoint, stack: str, layout: Stack) -> Iterator[Mlp]:
+    leaves = {leaf.dense: leaf for leaf in layout.leaves}
+    layer = re.escape(layout.layer).replace(re.escape("{layer}"), r"(?P<number>\d+)")
+    names = "|".join(re.escape(name) for name in leaves)
+    pattern = re.compile(rf"(?P<layer>(?:\w+\.)?{layer})\.(?P<leaf>{names})\.(?P<kind>weight|bias)")
+    found: dict[tuple[int, str], dict[str, StoredTensor]] = {}
+    roles: dict[tuple[int, str], dict[str, Leaf]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if (match := pattern.fullmatch(name)) is not None:
+            key, leaf = (int(match["number"]), match["layer"]), leaves[match["leaf"]]
+            found.setdefault(key, {})[f"{leaf.role}.{match['kind']}"] = tensor
+            roles.setdefault(key, {})[leaf.role] = leaf
+    for number, path in sorted(found):
+        yield Mlp(stack, number, path, roles[number, path], dict(sorted(found[number, path].items())))
+
+
+def _problems(checkpoint: Checkpoint, mlps: list[Mlp], stacks: Mapping[str, Stack]) -> Iterator[str]:
     if not mlps:
         yield (
             f"{checkpoint.label} says that it is a {plain(checkpoint.model_type)}, but no feed-forward block of one is "
             "stored in it; give the whole model."
         )
-        return
-    for stack in dict.fromkeys(mlp.stack for mlp in mlps):
+    for stack in stacks:
         own = [mlp for mlp in mlps if mlp.stack == stack]
-        numbers = [mlp.layer for mlp in own]
+        numbers = [mlp.number for mlp in own]
         if numbers != list(range(len(own))):
             missing = sorted(set(range(max(numbers) + 1)) - set(numbers))
             yield (
                 f"{checkpoint.label} has {len(own)} feed-forward blocks up to layer {max(numbers)} of its {stack}; "
                 f"{f'layers {missing} are missing' if missing else 'some layers have two'}."
             )
-        shapes = _shapes(own[0])
-        for mlp in own[1:]:
-            if _shapes(mlp) != shapes:
+        for mlp in own:
+            if "out.weight" not in mlp.parts and "down.weight" not in mlp.parts:
+                yield f"{mlp.layer!r} of {checkpoint.label} lacks the weight that leads out of its feed-forward block."
+            elif shapes(mlp) != shapes(own[0]):
                 yield (
-                    f"{mlp.module!r} of {checkpoint.label} has {_shapes(mlp)}, expected {shapes} as in layer 0; a "
-                    "mixture needs layers of one shape."
+                    f"The feed-forward block of {mlp.layer!r} in {checkpoint.label} has {shapes(mlp)}, expected "
+                    f"{shapes(own[0])} as in layer 0; a mixture needs layers of one shape."
                 )
 
 
-def _shapes(mlp: Mlp) -> dict[str, tuple[int, ...]]:
-    return {leaf: tensor.shape for leaf, tensor in mlp.leaves.items()}
+def shapes(mlp: Mlp) -> dict[str, list[int]]:
+    """The shape of each parameter of a block."""
+    return {part: list(tensor.shape) for part, tensor in mlp.parts.items()}

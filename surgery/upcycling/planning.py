@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from surgery.checkpoint import Checkpoint, StoredTensor
 from surgery.dtypes import F32
 from surgery.layout import DEFAULT_SHARD_BYTES, TensorSpec, split
+from surgery.moe_families import MODELING_FILE
 from surgery.operation import carried_files, config_bytes
 from surgery.plan import CopyStep, Plan, Step
 from surgery.upcycling.choice import task_of
 from surgery.upcycling.dense_defaults import with_both_spellings
 from surgery.upcycling.experts import Columns, ExpertsStep, Noisy, Recipe, Redrawn, Same, StackStep, rows_of
-from surgery.upcycling.mlps import DOWN, Mlp
+from surgery.upcycling.mixture import ABSENT, Asked, Block, Config, Mixture, SharedExpert, Target
+from surgery.upcycling.mlps import Mlp
 from surgery.upcycling.options import UpcycleOptions
 from surgery.upcycling.routers import RouterStep, ZerosStep
-from surgery.upcycling.targets import ABSENT, Asked, Config, Mixture, Target
+from surgery.upcycling.shipped import modelling_code
 
 # Settings of a dense config that say nothing about a mixture, or that its class would read otherwise.
 _DROPPED = ("auto_map", "pretraining_tp", "mlp_bias", "transformers_version", "_name_or_path")
@@ -45,7 +47,7 @@ class Upcycling:
     def mixture_of(self, mlp: Mlp) -> Mixture | None:
         """What an MLP becomes, or None for one that stays dense."""
         mixture = self.mixtures.get(mlp.stack)
-        return mixture if mixture is not None and mlp.layer in mixture.layers else None
+        return mixture if mixture is not None and mlp.number in mixture.layers else None
 
     @property
     def chosen(self) -> tuple[tuple[Mlp, Mixture], ...]:
@@ -61,6 +63,8 @@ def plan_upcycling(work: Upcycling) -> Plan:
     specs = [spec for step in steps for spec in step.writes]
     layout = split(specs, "model", work.options.shard_bytes or DEFAULT_SHARD_BYTES)
     files = {"config.json": config_bytes(new_config(work))}
+    if work.target.ships:
+        files[MODELING_FILE] = modelling_code()
     place = {info.name: n for n, info in enumerate(info for file in layout.files for info in file.entries)}
     ordered = tuple(sorted(steps, key=lambda step: place[step.writes[0].name]))
     return Plan(ordered, layout, files, carried_files(work.checkpoint, files))
@@ -69,15 +73,17 @@ def plan_upcycling(work: Upcycling) -> Plan:
 def new_config(work: Upcycling) -> dict[str, object]:
     """The config of the mixture: the dense one with what differs, in both spellings."""
     config = {name: value for name, value in work.config.items() if name not in _DROPPED}
-    (mixture,) = work.mixtures.values()
-    config |= work.target.configure(Asked(work.checkpoint, work.config, mixture))
-    config |= {"model_type": work.target.name, "architectures": [f"{work.target.prefix}{task_of(work.checkpoint)}"]}
-    return {name: value for name, value in with_both_spellings(config).items() if value is not ABSENT}
+    architecture = work.target.classes(work.checkpoint.architecture, task_of(work.checkpoint))
+    config |= {"model_type": work.target.name, "architectures": [architecture]}
+    config |= work.target.configure(Asked(work.checkpoint, work.config, work.mixtures))
+    if "rope_theta" in config or "rope_parameters" in config:
+        config = with_both_spellings(config)
+    return {name: value for name, value in config.items() if value is not ABSENT}
 
 
 def _kept(work: Upcycling) -> Iterator[Step]:
     """Every tensor outside the chosen MLPs, byte for byte."""
-    replaced = {tensor.name for mlp, _ in work.chosen for tensor in mlp.leaves.values()}
+    replaced = {tensor.name for mlp, _ in work.chosen for tensor in mlp.parts.values()}
     for name, tensor in work.checkpoint.tensors.items():
         if name not in replaced:
             yield CopyStep(TensorSpec.like(tensor), tensor)
@@ -96,81 +102,87 @@ def _added(work: Upcycling) -> Iterator[Step]:
 
 def _sparse_block(work: Upcycling, mlp: Mlp, mixture: Mixture) -> Iterator[Step]:
     """Router, experts and what else one layer's sparse block has."""
-    target, seed = work.target, work.options.seed
-    block = f"{mlp.parent}.{target.block}"
-    down = mlp.leaves[DOWN]
-    dtype = F32 if target.float32_router else down.dtype
+    block = work.target.blocks[mlp.stack]
+    path = f"{mlp.layer}.{block.path}"
+    dtype = F32 if work.target.float32_router else mlp.output.dtype
     start = work.options.start_of_router
-    router = TensorSpec(f"{block}.{target.router}", dtype, (mixture.experts, down.shape[0]))
-    yield ZerosStep(router) if start.kind == "zeros" else RouterStep(router, start.std, mixture.groups, seed)
-    for name, shape in target.corrections:
-        yield ZerosStep(TensorSpec(f"{block}.{name}", F32, shape(mixture.experts)))
-    if target.stacks is not None:
-        yield from _stacks(work, block, mlp, mixture)
+    router = TensorSpec(f"{path}.{block.router}", dtype, (mixture.experts, mlp.hidden))
+    if start.kind == "zeros":
+        yield ZerosStep(router)
     else:
-        yield from _separate(work, block, mlp, mixture)
-    if target.shared is not None and (mixture.shared or target.shared.required):
-        size = mixture.inner if mixture.shared else target.shared.size(mixture)
-        yield from _shared(f"{block}.{target.shared.block}", mlp, size)
-        if target.shared.gate:
-            yield ZerosStep(TensorSpec(f"{block}.{target.shared.gate}", down.dtype, (1, down.shape[0])))
+        yield RouterStep(router, start.std, mixture.groups, work.options.seed)
+    for name, shape in block.corrections:
+        yield ZerosStep(TensorSpec(f"{path}.{name}", F32, shape(mixture.experts)))
+    yield from _stacked(work, path, block, mlp, mixture) if block.stacks else _separate(work, path, block, mlp, mixture)
+    if block.shared is not None and (mixture.shared or block.shared.required):
+        yield from _shared(path, block.shared, mlp, mixture)
 
 
-def _separate(work: Upcycling, block: str, mlp: Mlp, mixture: Mixture) -> Iterator[Step]:
+def _separate(work: Upcycling, path: str, block: Block, mlp: Mlp, mixture: Mixture) -> Iterator[Step]:
     """Experts under names of their own: copies move as bytes, all others share one reading of the dense matrix."""
-    assert work.target.experts is not None
-    for leaf, template in work.target.experts.items():
-        made: list[tuple[TensorSpec, Recipe]] = []
+    for part in mlp.parts:
+        made: dict[tuple[object, ...], list[tuple[TensorSpec, Recipe]]] = {}
         for expert in range(mixture.experts):
-            name = f"{block}.{template.format(e=expert)}"
-            found = _recipe(work, mlp, mixture, leaf, expert)
+            name = f"{path}.{block.experts[part].format(e=expert)}"
+            found = _recipe(work, mlp, mixture, part, expert)
             if isinstance(found, StoredTensor):
                 yield CopyStep(TensorSpec(name, found.dtype, found.shape), found)
             else:
-                made.append((TensorSpec(name, found.source.dtype, found.shape), found))
-        if made:
-            yield ExpertsStep(tuple(made))
+                spec = TensorSpec(name, found.source.dtype, found.shape)
+                made.setdefault(found.source.key, []).append((spec, found))
+        yield from (ExpertsStep(tuple(group)) for group in made.values())
 
 
-def _stacks(work: Upcycling, block: str, mlp: Mlp, mixture: Mixture) -> Iterator[Step]:
+def _stacked(work: Upcycling, path: str, block: Block, mlp: Mlp, mixture: Mixture) -> Iterator[Step]:
     """Experts in one tensor of three dimensions."""
-    assert work.target.stacks is not None
-    for name, leaves in work.target.stacks.items():
+    for name, parts in block.stacks.items():
         experts = tuple(
-            tuple(_as_recipe(_recipe(work, mlp, mixture, leaf, expert)) for leaf in leaves)
+            tuple(_as_recipe(_recipe(work, mlp, mixture, part, expert)) for part in parts)
             for expert in range(mixture.experts)
         )
         rows = sum(recipe.shape[0] for recipe in experts[0])
         shape = (mixture.experts, rows, experts[0][0].shape[1])
-        yield StackStep(TensorSpec(f"{block}.{name}", mlp.leaves[DOWN].dtype, shape), experts)
+        yield StackStep(TensorSpec(f"{path}.{name}", mlp.output.dtype, shape), experts)
 
 
 def _as_recipe(found: StoredTensor | Recipe) -> Recipe:
     return Same(found) if isinstance(found, StoredTensor) else found
 
 
-def _recipe(work: Upcycling, mlp: Mlp, mixture: Mixture, leaf: str, expert: int) -> StoredTensor | Recipe:
-    """What one matrix of one expert is made of: stored bytes as they are, or a recipe."""
-    source = mlp.leaves[leaf]
+def _recipe(work: Upcycling, mlp: Mlp, mixture: Mixture, part: str, expert: int) -> StoredTensor | Recipe:
+    """What one parameter of one expert is made of: stored bytes as they are, or a recipe."""
+    source, axis = mlp.parts[part], mlp.inner_axis(part)
     init, seed = work.options.expert_init, work.options.seed
-    if init.kind == "noise":
+    if init.kind == "noise" and len(source.shape) > 1:
         return Noisy(source, init.amount, init.relative, seed)
-    if init.kind == "drop":
-        axis = 1 if leaf == DOWN else 0
-        return Redrawn(source, init.amount, axis, seed, f"{mlp.module}#{expert} positions")
-    if init.kind == "granular":
-        size, part = mixture.expert_inner, expert % mixture.groups
-        begin, end = part * size, (part + 1) * size
-        return Columns(source, begin, end, mixture.groups) if leaf == DOWN else rows_of(source, begin, end)
+    if init.kind == "drop" and axis is not None:
+        axis = axis if len(source.shape) > 1 else 1  # a bias is gone through as one row
+        return Redrawn(source, init.amount, axis, seed, f"{mlp.layer} {mlp.stack} #{expert} positions")
+    if init.kind == "granular" and axis is not None:
+        size, number = mixture.expert_inner, expert % mixture.groups
+        scale = mixture.groups if source is mlp.output else 1
+        return _slice(source, axis, number * size, (number + 1) * size, scale)
     return source
 
 
-def _shared(block: str, mlp: Mlp, size: int) -> Iterator[Step]:
-    """A shared expert of the first `size` intermediate units of the MLP, silent: its `down_proj` is zero."""
-    for leaf, tensor in mlp.leaves.items():
-        name = f"{block}.{leaf}"
-        if leaf == DOWN:
-            yield ZerosStep(TensorSpec(name, tensor.dtype, (tensor.shape[0], size)))
+def _slice(source: StoredTensor, axis: int, begin: int, end: int, scale: int) -> StoredTensor | Recipe:
+    """A piece of a parameter along its intermediate dimension: bytes as they lie where nothing is to be computed."""
+    if axis == 0 and scale == 1:
+        return rows_of(source, begin, end)
+    if axis == 0:
+        return Columns(rows_of(source, begin, end), 0, source.columns, scale)
+    return Columns(source, begin, end, scale)
+
+
+def _shared(path: str, shared: SharedExpert, mlp: Mlp, mixture: Mixture) -> Iterator[Step]:
+    """A silent shared expert: the first intermediate units of the MLP, and zeros for what leads out of it."""
+    size = mixture.inner if mixture.shared else shared.size(mixture)
+    for part, tensor in mlp.parts.items():
+        name = f"{path}.{shared.names[part]}"
+        if tensor is mlp.output:
+            yield ZerosStep(TensorSpec(name, tensor.dtype, (mlp.hidden, size)))
         else:
-            part = tensor if size == tensor.shape[0] else rows_of(tensor, 0, size)
-            yield CopyStep(TensorSpec(name, part.dtype, part.shape), part)
+            piece = tensor if size == tensor.shape[0] else rows_of(tensor, 0, size)
+            yield CopyStep(TensorSpec(name, piece.dtype, piece.shape), piece)
+    if shared.gate:
+        yield ZerosStep(TensorSpec(f"{path}.{shared.gate}", mlp.output.dtype, (1, mlp.hidden)))

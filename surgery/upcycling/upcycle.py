@@ -20,11 +20,11 @@ from surgery.provenance import Input
 from surgery.upcycling.advice import notes_on
 from surgery.upcycling.choice import choose_target, mixtures
 from surgery.upcycling.dense_defaults import with_defaults
+from surgery.upcycling.mixture import Mixture
 from surgery.upcycling.mlps import find_mlps
 from surgery.upcycling.options import UpcycleOptions
 from surgery.upcycling.planning import Upcycling, new_config, plan_upcycling
 from surgery.upcycling.report import StackReport, UpcycleReport
-from surgery.upcycling.targets import Mixture
 
 
 def upcycle(
@@ -78,7 +78,7 @@ def _report(work: Upcycling, plan: Plan, target: Path, run_options: RunOptions) 
         output=str(target),
         plan=summarise([plan], target, run_options.settings),
         source=work.checkpoint.model_type,
-        target=work.target.name,
+        target=str(new_config(work)["model_type"]),
         architecture=str(architectures[0]),
         stacks=tuple(
             StackReport(

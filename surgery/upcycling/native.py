@@ -1,4 +1,4 @@
-"""The formats of mixtures that a dense checkpoint can become, as data: names, config fields, and what each can express.
+"""The mixtures that transformers 5 has classes for, as data: names, config fields, and what each can express.
 
 Names are those of the Hub's files, one tensor to an expert: transformers 5 stacks them on loading and writes them back.
 Source: transformers 5.23, modelling and configuration files of each; the tests load every one.
@@ -6,144 +6,16 @@ Source: transformers 5.23, modelling and configuration files of each; the tests 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Callable, Iterator
 
-from surgery.checkpoint import Checkpoint
+from surgery.upcycling.mixture import ABSENT, Asked, Block, Config, Mixture, SharedExpert, Subset, Target
 from surgery.upcycling.mlps import DOWN, GATE, UP
 
-Config = Mapping[str, object]
-# The value of a field that the new config must not have.
-ABSENT = object()
-
-
-class Subset(Enum):
-    """Which sets of layers a format can make sparse."""
-
-    ALL = "all layers"
-    ANY = "any layers"
-    SUFFIX = "the last layers"
-    RANGE = "layers in one piece or at one interval"
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """What each chosen MLP of one stack becomes.
-
-    Attributes:
-        layers: zero-based, of `depth`.
-        experts: routed experts, small ones where `groups` is more than 1.
-        top_k: experts to a token, or None under expert choice.
-        capacity: the paper's C under expert choice, else None.
-        normalized: whether a token's weights sum to one.
-        groups: small experts to one copy of the MLP.
-        inner: the intermediate size of the dense MLP.
-        shared: whether a silent shared expert is asked for.
-        group: the tokens that compete under expert choice.
-    """
-
-    layers: tuple[int, ...]
-    depth: int
-    experts: int
-    top_k: int | None
-    capacity: float | None
-    normalized: bool
-    groups: int
-    inner: int
-    shared: bool
-    group: str = "sequence"
-
-    @property
-    def expert_inner(self) -> int:
-        return self.inner // self.groups
-
-    @property
-    def all_layers(self) -> bool:
-        return len(self.layers) == self.depth
-
-    @property
-    def is_suffix(self) -> bool:
-        return self.layers == tuple(range(self.depth - len(self.layers), self.depth))
-
-    @property
-    def interval(self) -> tuple[int, int, int] | None:
-        """First layer, last layer and step, where the layers are so many multiples of the step apart: Ernie's rule."""
-        first, last = self.layers[0], self.layers[-1]
-        for step in range(1, self.depth + 1):
-            if self.layers == tuple(n for n in range(first, last + 1) if (n + 1) % step == 0):
-                return first, last, step
-        return None
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A dense model, its full config, and what is to be made of one stack of it."""
-
-    checkpoint: Checkpoint
-    config: Config
-    mixture: Mixture
-
-
-@dataclass(frozen=True)
-class SharedExpert:
-    """An expert that sees every token, beside the routed ones.
-
-    Attributes:
-        block: its path in the sparse block.
-        gate: the matrix (1, hidden) whose sigmoid scales it, if there is one.
-        required: whether every consumer looks for it, asked for or not.
-        size: its intermediate size where it is only there because it has to be; the dense MLP's otherwise.
-    """
-
-    block: str
-    gate: str = ""
-    required: bool = False
-    size: Callable[[Mixture], int] = lambda mixture: mixture.expert_inner
-
-
-@dataclass(frozen=True)
-class Target:
-    """One format.
-
-    Attributes:
-        name: its `model_type`.
-        prefix: of its classes: `Mixtral` for `MixtralForCausalLM`.
-        sources: dense model types that it can carry.
-        subset: which layers can be sparse.
-        tasks: the classes it has, by their ending; a file of another task is refused.
-        configure: the fields of `config.json` that differ from the dense config's.
-        objections: what it cannot express of a checkpoint; a sentence's end for each, after "{target} ".
-        block: the sparse block's name in its layer, in place of the dense `mlp`.
-        router: the router's weight in the block.
-        experts: the dense MLP's parameters to an expert's, with `{e}` for its number; stacked ones have none.
-        stacks: where all experts share one tensor: its name in the block, and the dense parameters stacked in it.
-        corrections: names in the block and shapes of what balances loads without a loss; zeros, in float32.
-        shared: its shared expert, if it has one.
-        raw: whether its weights can be the router's probabilities as they are.
-        float32_router: whether the router is stored in float32 whatever the others are.
-        preserving: whether normalised top-k keeps the dense function.
-    """
-
-    name: str
-    prefix: str
-    sources: tuple[str, ...]
-    subset: Subset
-    configure: Callable[[Asked], dict[str, object]]
-    objections: Callable[[Asked], Iterator[str]]
-    tasks: tuple[str, ...] = ("ForCausalLM", "Model")
-    block: str = "mlp"
-    router: str = "gate.weight"
-    experts: Mapping[str, str] | None = None
-    stacks: Mapping[str, tuple[str, ...]] | None = None
-    corrections: tuple[tuple[str, Callable[[int], tuple[int, ...]]], ...] = ()
-    shared: SharedExpert | None = None
-    raw: bool = False
-    float32_router: bool = False
-    preserving: bool = True
-
-
-_HUB_EXPERTS = {leaf: f"experts.{{e}}.{leaf}" for leaf in (GATE, UP, DOWN)}
+_HUB_EXPERTS = {
+    GATE: "experts.{e}.gate_proj.weight",
+    UP: "experts.{e}.up_proj.weight",
+    DOWN: "experts.{e}.down_proj.weight",
+}
 _MIXTRAL_EXPERTS = {GATE: "experts.{e}.w1.weight", UP: "experts.{e}.w3.weight", DOWN: "experts.{e}.w2.weight"}
 _ALL_TASKS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "Model")
 
@@ -341,106 +213,134 @@ def _hunyuan(asked: Asked) -> dict[str, object]:
     }
 
 
+_GATED_SHARED = {GATE: "gate_proj.weight", UP: "up_proj.weight", DOWN: "down_proj.weight"}
+
+
+def _shared(path: str, gate: str = "", required: bool = False, small: bool = False) -> SharedExpert:
+    names = {part: f"{path}.{name}" for part, name in _GATED_SHARED.items()}
+    if small:
+        return SharedExpert(names, gate, required, _least_shared)
+    return SharedExpert(names, gate, required)
+
+
+def _named(prefix: str) -> Callable[[str, str], str]:
+    """Classes that are called after the format: `MixtralForCausalLM`."""
+    return lambda _, task: f"{prefix}{task}"
+
+
 # In the order in which `--target auto` tries them.
-TARGETS: tuple[Target, ...] = (
+NATIVE: tuple[Target, ...] = (
     Target(
         "mixtral",
-        "Mixtral",
+        _named("Mixtral"),
         ("llama", "mistral"),
         Subset.ALL,
+        {"decoder": Block("block_sparse_moe", "gate.weight", _MIXTRAL_EXPERTS)},
         _mixtral,
+        _no_attention_bias,
         tasks=_ALL_TASKS,
-        objections=_no_attention_bias,
-        block="block_sparse_moe",
-        experts=_MIXTRAL_EXPERTS,
     ),
     Target(
         "glm4_moe",
-        "Glm4Moe",
+        _named("Glm4Moe"),
         ("llama", "mistral"),
         Subset.SUFFIX,
+        {
+            "decoder": Block(
+                "mlp",
+                "gate.weight",
+                _HUB_EXPERTS,
+                corrections=(("gate.e_score_correction_bias", lambda experts: (experts,)),),
+                shared=_shared("shared_experts", required=True),
+            )
+        },
         _glm4_moe,
-        objections=_glm_objections,
-        experts=_HUB_EXPERTS,
-        corrections=(("gate.e_score_correction_bias", lambda experts: (experts,)),),
-        shared=SharedExpert("shared_experts", required=True),
+        _glm_objections,
+        tasks=("ForCausalLM", "Model"),
     ),
     Target(
         "qwen2_moe",
-        "Qwen2Moe",
+        _named("Qwen2Moe"),
         ("qwen2", "llama", "mistral"),
         Subset.ANY,
+        {
+            "decoder": Block(
+                "mlp",
+                "gate.weight",
+                _HUB_EXPERTS,
+                shared=_shared("shared_expert", "shared_expert_gate.weight", required=True, small=True),
+            )
+        },
         _qwen2_moe,
+        _qwen2_objections,
         tasks=_ALL_TASKS,
-        objections=_qwen2_objections,
-        experts=_HUB_EXPERTS,
-        shared=SharedExpert("shared_expert", "shared_expert_gate.weight", required=True, size=_least_shared),
         raw=True,
     ),
     Target(
         "qwen3_moe",
-        "Qwen3Moe",
+        _named("Qwen3Moe"),
         ("qwen3",),
         Subset.ANY,
+        {"decoder": Block("mlp", "gate.weight", _HUB_EXPERTS)},
         _qwen3_moe,
+        _one_window,
         tasks=_ALL_TASKS,
-        objections=_one_window,
-        experts=_HUB_EXPERTS,
         raw=True,
     ),
     Target(
         "flex_olmo",
-        "FlexOlmo",
+        _named("FlexOlmo"),
         ("olmo2",),
         Subset.ALL,
+        {"decoder": Block("mlp", "gate.weight", _HUB_EXPERTS)},
         _flex_olmo,
-        objections=_no_mlp_bias,
-        experts=_HUB_EXPERTS,
+        _no_mlp_bias,
+        tasks=("ForCausalLM", "Model"),
         raw=True,
     ),
     Target(
         "granitemoe",
-        "GraniteMoe",
+        _named("GraniteMoe"),
         ("granite",),
         Subset.ALL,
+        {
+            "decoder": Block(
+                "block_sparse_moe",
+                "router.layer.weight",
+                stacks={"input_linear.weight": (GATE, UP), "output_linear.weight": (DOWN,)},
+            )
+        },
         _granitemoe,
-        objections=_no_mlp_bias,
-        block="block_sparse_moe",
-        router="router.layer.weight",
-        stacks={"input_linear.weight": (GATE, UP), "output_linear.weight": (DOWN,)},
+        _no_mlp_bias,
+        tasks=("ForCausalLM", "Model"),
     ),
     Target(
         "ernie4_5_moe",
-        "Ernie4_5_Moe",
+        _named("Ernie4_5_Moe"),
         ("ernie4_5",),
         Subset.RANGE,
+        {
+            "decoder": Block(
+                "mlp",
+                "gate.weight",
+                _HUB_EXPERTS,
+                corrections=(("moe_statics.e_score_correction_bias", lambda experts: (1, experts)),),
+                shared=_shared("shared_experts"),
+            )
+        },
         _ernie,
-        objections=_no_mlp_bias,
-        experts=_HUB_EXPERTS,
-        corrections=(("moe_statics.e_score_correction_bias", lambda experts: (1, experts)),),
-        shared=SharedExpert("shared_experts"),
+        _no_mlp_bias,
+        tasks=("ForCausalLM", "Model"),
         float32_router=True,
     ),
     Target(
         "hunyuan_v1_moe",
-        "HunYuanMoEV1",
+        _named("HunYuanMoEV1"),
         ("hunyuan_v1_dense",),
         Subset.ALL,
+        {"decoder": Block("mlp", "gate.wg.weight", _HUB_EXPERTS, shared=_shared("shared_mlp", required=True))},
         _hunyuan,
+        _no_mlp_bias,
         tasks=("ForCausalLM", "ForSequenceClassification", "Model"),
-        objections=_no_mlp_bias,
-        router="gate.wg.weight",
-        experts=_HUB_EXPERTS,
-        shared=SharedExpert("shared_mlp", required=True),
     ),
 )
-BY_NAME = {target.name: target for target in TARGETS}
-
-
-def fits_layers(target: Target, mixture: Mixture) -> bool:
-    """Whether the chosen layers are a set that the format can express."""
-    if target.subset is Subset.ALL:
-        return mixture.all_layers
-    if target.subset is Subset.SUFFIX:
-        return mixture.is_suffix
-    return target.subset is Subset.ANY or mixture.interval is not None
