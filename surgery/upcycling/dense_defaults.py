@@ -16,7 +16,6 @@ _COMMON: Mapping[str, object] = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 10_000.0,
     "tie_word_embeddings": False,
-    "attention_dropout": 0.0,
     "pad_token_id": None,
     "bos_token_id": 1,
     "eos_token_id": 2,

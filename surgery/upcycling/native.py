@@ -342,5 +342,6 @@ NATIVE: tuple[Target, ...] = (
         _hunyuan,
         _no_mlp_bias,
         tasks=("ForCausalLM", "ForSequenceClassification", "Model"),
+        float32_router=True,
     ),
 )
