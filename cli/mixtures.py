@@ -66,9 +66,8 @@ Examples:
 @click.option(
     "--combine",
     type=click.Choice(["normalized", "raw"]),
-    default="normalized",
-    show_default=True,
-    help="Weights of a token's experts: summing to 1, which keeps the function, or as the router gives them.",
+    help="Weights of a token's experts: summing to 1, which keeps the function, or as the router gives them.  "
+    "[default: normalized; raw for switch]",
 )
 @click.option("--target", default="auto", show_default=True, metavar="TYPE", help="Model type to write.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of routers, noise and redrawn weights.")

@@ -118,7 +118,7 @@ class UpcycleKeywords(HashingKeywords, total=False):
     rest: str | None
     router_init: str
     shared_expert: bool
-    combine: str
+    combine: str | None
     target: str
     seed: int
     shard_bytes: int | None

@@ -8,7 +8,7 @@ from surgery.upcycling.planning import Upcycling
 
 def notes_on(work: Upcycling) -> tuple[str, ...]:
     """Sentences on gradients, expected drops, and what the paper would have chosen."""
-    notes = []
+    notes = [*work.target.notes]
     identical = work.options.expert_init.identical
     for stack, mixture in work.mixtures.items():
         where = f"of the {stack} " if len(work.mixtures) > 1 else ""

@@ -19,6 +19,7 @@ from surgery.upcycling.options import (
     parse_layers,
     per_stack,
 )
+from surgery.upcycling.seq2seq import SEQ2SEQ, SWITCH
 from surgery.upcycling.shipped import SHIPPED, shipped_target
 
 AUTO = "auto"
@@ -57,7 +58,7 @@ def mixtures(mlps: Sequence[Mlp], options: UpcycleOptions) -> dict[str, Mixture]
             experts=experts,
             top_k=None if choice else _top_k(options, experts),
             capacity=(options.capacity or DEFAULT_CAPACITY) if choice else None,
-            normalized=options.normalized,
+            normalized=(options.combine or default_combine(options.target)) == "normalized",
             groups=init.groups,
             inner=inner,
             shared=options.shared_expert,
@@ -66,6 +67,11 @@ def mixtures(mlps: Sequence[Mlp], options: UpcycleOptions) -> dict[str, Mixture]
     if not found:
         raise OptionError(f"--layers is {options.layers!r}, which chooses no layer at all.")
     return found
+
+
+def default_combine(target: str) -> str:
+    """How weights are combined where nothing is said: so that the function stays, where the format can do that."""
+    return "raw" if target == SWITCH else "normalized"
 
 
 def _experts(options: UpcycleOptions) -> int:
@@ -88,7 +94,7 @@ def _experts(options: UpcycleOptions) -> int:
 
 def _top_k(options: UpcycleOptions, experts: int) -> int:
     groups = options.expert_init.groups
-    top_k = options.top_k or DEFAULT_TOP_K * groups
+    top_k = options.top_k or (1 if options.target == SWITCH else DEFAULT_TOP_K * groups)
     if top_k > experts:
         raise OptionError(f"--top-k is {top_k}, expected at most the {experts} experts.")
     if top_k % groups:
@@ -107,12 +113,12 @@ def choose_target(
     Raises `OptionError` for a name that is none, `UnsupportedError` with what each format cannot express.
     """
     formats = targets_of(checkpoint.model_type)
-    known = {target.name: target for target in (*NATIVE, *formats)}
+    known = {target.name: target for target in (*NATIVE, *SEQ2SEQ, *formats)}
     if options.target not in (AUTO, SHIPPED, *known):
         raise OptionError(f"--target is {options.target!r}, expected auto, {', '.join(known)} or {SHIPPED}.")
     reasons = {target.name: objections(target, Asked(checkpoint, config, chosen)) for target in formats}
     fitting = [target for target in formats if not reasons[target.name]]
-    usable = [target for target in fitting if options.target in (AUTO, target.name)]
+    usable = [t for t in fitting if (t.automatic if options.target == AUTO else t.name == options.target)]
     if usable:
         return usable[0]
     model_type, asked_for = plain(checkpoint.model_type), options.target
@@ -131,13 +137,14 @@ def choose_target(
 
 def targets_of(model_type: str) -> tuple[Target, ...]:
     """Every format for a dense family: the native ones first."""
-    native = tuple(target for target in NATIVE if model_type in target.sources)
+    native = tuple(target for target in (*NATIVE, *SEQ2SEQ) if model_type in target.sources)
     shipped = shipped_target(model_type)
     return native if shipped is None else (*native, shipped)
 
 
 def _remedy(fitting: Sequence[Target]) -> str:
-    return f" `--target {fitting[0].name}` can hold it." if fitting else ""
+    named = [target.name for target in fitting if target.automatic]
+    return f" `--target {named[0]}` can hold it." if named else ""
 
 
 def objections(target: Target, asked: Asked) -> list[str]:
@@ -164,7 +171,7 @@ def _listed(layers: Sequence[int]) -> str:
 
 _TASKS = (
     "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "LMHeadModel",
-    "ForConditionalGeneration", "ForImageClassification", "ForMaskedLM", "Model",
+    "ForConditionalGeneration", "ForImageClassification", "ForMaskedLM", "EncoderModel", "Model",
 )  # fmt: skip
 
 

@@ -54,6 +54,20 @@ _ERNIE: Mapping[str, object] = {
     "pad_token_id": 0,
     "use_bias": False,
 }
+_QWEN3_5: Mapping[str, object] = {
+    "max_position_embeddings": 32_768,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "attention_bias": False,
+    "partial_rotary_factor": 0.25,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
 _OWN: Mapping[str, Mapping[str, object]] = {
     "llama": {"attention_bias": False, "mlp_bias": False},
     "mistral": {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
@@ -62,9 +76,22 @@ _OWN: Mapping[str, Mapping[str, object]] = {
     "olmo2": _OLMO2,
     "granite": _GRANITE,
     "ernie4_5": _ERNIE,
+    "qwen3_5_text": _QWEN3_5,
     "hunyuan_v1_dense": {"rms_norm_eps": 1e-5, "pad_token_id": 0, "eod_token_id": 3, "attention_bias": False},
 }
-DENSE_DEFAULTS: Mapping[str, Mapping[str, object]] = {name: {**_COMMON, **own} for name, own in _OWN.items()}
+_T5: Mapping[str, object] = {
+    "vocab_size": 32_128,
+    "d_model": 512,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_layers": 6,
+    "num_heads": 8,
+    "tie_word_embeddings": True,
+}
+DENSE_DEFAULTS: Mapping[str, Mapping[str, object]] = {
+    **{name: {**_COMMON, **own} for name, own in _OWN.items()},
+    "t5": _T5,
+}
 
 
 def with_defaults(config: Mapping[str, object], model_type: str) -> dict[str, object]:

@@ -143,6 +143,9 @@ class Target:
         float32_router: whether the router is stored in float32 whatever the others are.
         preserving: whether normalised top-k keeps the dense function.
         ships: whether its modelling code travels in the checkpoint.
+        automatic: whether it is chosen without being named.
+        rename: the dense name of a tensor that is kept to its name here.
+        notes: sentences for the report.
     """
 
     name: str
@@ -158,6 +161,9 @@ class Target:
     float32_router: bool = False
     preserving: bool = True
     ships: bool = False
+    automatic: bool = True
+    rename: Callable[[str], str] = lambda name: name
+    notes: tuple[str, ...] = ()
 
     def fits(self, mixture: Mixture) -> bool:
         """Whether the chosen layers are a set that it can express."""

@@ -16,20 +16,29 @@ GATE, UP, DOWN = "gate.weight", "up.weight", "down.weight"
 _OUTPUTS = ("down", "out")
 
 # Families with a native mixture that are stored as Llama is, and need no modelling code of ours.
-_LIKE_LLAMA = ("olmo2", "granite", "ernie4_5", "hunyuan_v1_dense")
+_LIKE_LLAMA = ("olmo2", "granite", "ernie4_5", "hunyuan_v1_dense", "qwen3_5_text")
+
+_M2M_LEAVES = (Leaf("fc1", "fc1", "in"), Leaf("fc2", "fc2", "out"))
+# M2M100 and NLLB keep their MLPs in the layer itself.
+M2M_STACKS = {
+    stack: Stack(f"{stack}.layers.{{layer}}", "ffn", _M2M_LEAVES, f"{stack}_layers", causal=stack == "decoder")
+    for stack in ("encoder", "decoder")
+}
 
 
 def stacks_of(model_type: str) -> Mapping[str, Stack]:
     """The stacks of layers of a dense family; empty for one that is not known."""
     if model_type in _LIKE_LLAMA:
         return UPCYCLED_FAMILIES["llama"].stacks
+    if model_type == "m2m_100":
+        return M2M_STACKS
     family = UPCYCLED_FAMILIES.get(model_type)
     return family.stacks if family is not None else {}
 
 
 def known_types() -> tuple[str, ...]:
     """Every dense model type whose feed-forward blocks can be found."""
-    return (*UPCYCLED_FAMILIES, *_LIKE_LLAMA)
+    return (*UPCYCLED_FAMILIES, *_LIKE_LLAMA, "m2m_100")
 
 
 @dataclass(frozen=True)

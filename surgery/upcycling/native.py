@@ -213,6 +213,24 @@ def _hunyuan(asked: Asked) -> dict[str, object]:
     }
 
 
+def _qwen3_5_moe(asked: Asked) -> dict[str, object]:
+    fields = _sparse(asked.mixture)
+    del fields["norm_topk_prob"]  # it always does
+    return {
+        **fields,
+        "shared_expert_intermediate_size": asked.mixture.inner
+        if asked.mixture.shared
+        else _least_shared(asked.mixture),
+        "output_router_logits": False,
+    }
+
+
+def _qwen3_5_objections(asked: Asked) -> Iterator[str]:
+    yield from _no_mlp_bias(asked)
+    if any(name.startswith("mtp.") for name in asked.checkpoint.tensors):
+        yield "would need a mixture in the multi-token prediction layers, too (`mtp.`)"
+
+
 _GATED_SHARED = {GATE: "gate_proj.weight", UP: "up_proj.weight", DOWN: "down_proj.weight"}
 
 
@@ -286,6 +304,23 @@ NATIVE: tuple[Target, ...] = (
         _one_window,
         tasks=_ALL_TASKS,
         raw=True,
+    ),
+    Target(
+        "qwen3_5_moe_text",
+        _named("Qwen3_5Moe"),
+        ("qwen3_5_text",),
+        Subset.ALL,
+        {
+            "decoder": Block(
+                "mlp",
+                "gate.weight",
+                _HUB_EXPERTS,
+                shared=_shared("shared_expert", "shared_expert_gate.weight", required=True, small=True),
+            )
+        },
+        _qwen3_5_moe,
+        _qwen3_5_objections,
+        tasks=("ForCausalLM",),
     ),
     Target(
         "flex_olmo",

@@ -76,7 +76,9 @@ class UpcycleOptions:
         router_init: `normal:STD`, `zeros`, or `hidden:PROMPTS.jsonl`.
         shared_expert: add an expert that sees every token and starts out silent.
         combine: `normalized` weights sum to one over a token's experts; `raw` ones are the router's probabilities.
-        target: the model type to write, or `auto`.
+            Normalised by default, where the format can do that.
+        target: the model type to write, `shipped` for code that travels along, or `auto`; `switch` is short for
+            `switch_transformers`.
         seed: of routers, noise and redrawn weights.
         shard_bytes: the largest weight file.
     """
@@ -92,7 +94,7 @@ class UpcycleOptions:
     rest: str | None = None
     router_init: str = "normal:0.02"
     shared_expert: bool = False
-    combine: str = "normalized"
+    combine: str | None = None
     target: str = "auto"
     seed: int = 0
     shard_bytes: int | None = None
@@ -104,7 +106,7 @@ class UpcycleOptions:
             raise OptionError(f"--top-k is {self.top_k}, expected at least 1.")
         if self.capacity is not None and not 0 < self.capacity < float("inf"):
             raise OptionError(f"--capacity is {self.capacity:g}, expected more than 0.")
-        if self.combine not in COMBINES:
+        if self.combine not in (None, *COMBINES):
             raise OptionError(f"--combine is {self.combine!r}, expected one of {', '.join(COMBINES)}.")
         if self.group not in ("sequence", "batch"):
             raise OptionError(f"--group is {self.group!r}, expected sequence or batch.")
@@ -137,10 +139,6 @@ class UpcycleOptions:
             if router not in ROUTERS:
                 raise OptionError(f"--router is {router!r}, expected one of {', '.join(ROUTERS)}.")
         return found
-
-    @property
-    def normalized(self) -> bool:
-        return self.combine == "normalized"
 
 
 def per_stack(text: str, option: str, separator: str) -> dict[str, str]:

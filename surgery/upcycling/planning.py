@@ -86,7 +86,7 @@ def _kept(work: Upcycling) -> Iterator[Step]:
     replaced = {tensor.name for mlp, _ in work.chosen for tensor in mlp.parts.values()}
     for name, tensor in work.checkpoint.tensors.items():
         if name not in replaced:
-            yield CopyStep(TensorSpec.like(tensor), tensor)
+            yield CopyStep(TensorSpec(work.target.rename(name), tensor.dtype, tensor.shape), tensor)
 
 
 def _added(work: Upcycling) -> Iterator[Step]:

@@ -25,6 +25,7 @@ from surgery.upcycling.mlps import find_mlps
 from surgery.upcycling.options import UpcycleOptions
 from surgery.upcycling.planning import Upcycling, new_config, plan_upcycling
 from surgery.upcycling.report import StackReport, UpcycleReport
+from surgery.upcycling.seq2seq import SWITCH
 
 
 def upcycle(
@@ -52,6 +53,7 @@ def upcycle(
 
 def prepare(checkpoint: Checkpoint, options: UpcycleOptions) -> Upcycling:
     """Decide everything that headers and config allow to decide; raises all that there is to refuse."""
+    options = replace(options, target={"switch": SWITCH}.get(options.target, options.target))
     mlps = find_mlps(checkpoint)
     chosen = mixtures(mlps, options)
     config = with_defaults(checkpoint.config, checkpoint.model_type)

@@ -51,6 +51,34 @@ DENSE: dict[str, tuple[str, str, dict[str, Any]]] = {
         "T5Config",
         {**FAMILIES["t5"][2], "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     ),
+    "qwen3_5": (
+        "Qwen3_5ForCausalLM",
+        "Qwen3_5TextConfig",
+        {
+            **_TEXT,
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+    ),
+    "m2m_100": (
+        "M2M100ForConditionalGeneration",
+        "M2M100Config",
+        {
+            "vocab_size": 96,
+            "d_model": 32,
+            "encoder_layers": 4,
+            "decoder_layers": 4,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "max_position_embeddings": 64,
+        },
+    ),
     **{name: FAMILIES[name] for name in ("vit", "bert", "roberta", "gpt2", "gpt_neox", "gemma", "gemma2", "phi")},
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from surgery.errors import UnsupportedError
 from surgery.upcycling.dense_defaults import DENSE_DEFAULTS, with_both_spellings
 from surgery.upcycling.native import NATIVE
+from surgery.upcycling.seq2seq import SEQ2SEQ
 from tests.surgery.upcycling.dense import DENSE, LLAMA3_ROPE, load, logits, make, relative, stored, upcycled
 
 # (dense model, options, the format that `auto` chooses)
@@ -41,6 +42,11 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3", {}, "qwen3_moe"),
     ("qwen3", {"layers": "every:2", "experts": 32}, "qwen3_moe"),
     ("qwen3", {"init": "granular:3"}, "qwen3_moe"),
+    ("qwen3_5", {}, "qwen3_5_moe_text"),
+    ("qwen3_5", {"shared_expert": True, "init": "granular:2"}, "qwen3_5_moe_text"),
+    ("m2m_100", {}, "nllb-moe"),
+    ("m2m_100", {"layers": "encoder=every:2;decoder=none"}, "nllb-moe"),
+    ("m2m_100", {"layers": "encoder=every:4;decoder=every:2"}, "nllb-moe"),
     ("olmo2", {}, "flex_olmo"),
     ("olmo2", {"init": "granular:2"}, "flex_olmo"),
     ("granite", {}, "granitemoe"),
@@ -62,7 +68,9 @@ def test_the_function_is_kept(tmp_path: Path, name: str, options: dict[str, Any]
     assert relative(logits(load(tmp_path / "moe")), logits(make(name))) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "olmo2", "granite", "ernie4_5", "hunyuan"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "qwen3", "qwen3_5", "m2m_100", "olmo2", "granite", "ernie4_5", "hunyuan"]
+)
 def test_names_are_those_that_transformers_writes(tmp_path: Path, name: str) -> None:
     """What `save_pretrained` writes after loading has the same names, shapes, dtypes and values."""
     upcycled(stored(tmp_path, name, torch.bfloat16), tmp_path / "moe", experts=4)
@@ -194,13 +202,13 @@ def test_a_base_model_without_a_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", DENSE_DEFAULTS)
 def test_defaults_are_those_of_the_dense_class(model_type: str) -> None:
     config = transformers.CONFIG_MAPPING[model_type]().to_dict()
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    config |= config.get("rope_parameters", {})
     if model_type == "mistral":
         config["sliding_window"] = transformers.MistralConfig().sliding_window
     assert {name: config[name] for name in DENSE_DEFAULTS[model_type]} == dict(DENSE_DEFAULTS[model_type])
 
 
-@pytest.mark.parametrize("target", NATIVE, ids=lambda target: target.name)
+@pytest.mark.parametrize("target", [*NATIVE, *SEQ2SEQ], ids=lambda target: target.name)
 def test_no_default_of_the_mixture_comes_through(target: Any) -> None:
     """Every field on which the two classes disagree is among the defaults that are written, or set by the format."""
     theirs = transformers.CONFIG_MAPPING[target.name]().to_dict()
@@ -214,11 +222,12 @@ def test_no_default_of_the_mixture_comes_through(target: Any) -> None:
         "layer_types",
     }
     derived = {"num_key_value_heads", "head_dim", "rope_parameters"}  # see `with_defaults`
+    set_by_the_format = {"sliding_window", "num_decoder_layers"}
     for source in target.sources:
         dense = transformers.CONFIG_MAPPING[source]().to_dict()
         differing = {name for name in theirs.keys() & dense.keys() if theirs[name] != dense[name]}
-        left = differing - about_the_class - sizes - derived - DENSE_DEFAULTS[source].keys()
-        assert left <= {"sliding_window"}, (source, left)  # which every format sets
+        left = differing - about_the_class - sizes - derived - DENSE_DEFAULTS.get(source, {}).keys()
+        assert left <= set_by_the_format, (source, left)
 
 
 @pytest.mark.parametrize(
@@ -316,3 +325,55 @@ def test_what_a_format_cannot_express_is_refused(
         upcycled(dense, tmp_path / "moe", **options)
     assert str(caught.value) == f"{dense.label} {sentence}"
     assert not (tmp_path / "moe").exists()
+
+
+# Switch ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", ["all", "encoder=1;decoder=none", "encoder=none;decoder=all"])
+def test_switch_shrinks_each_mlp_by_the_probability(tmp_path: Path, layers: str) -> None:
+    """With a router of zeros every probability is 1/E: the dense model with every sparse MLP divided by E."""
+    report = upcycled(stored(tmp_path, "t5"), tmp_path / "moe", target="switch", layers=layers, router_init="zeros")
+    assert (report.target, report.preserved) == ("switch_transformers", False)
+    scaled = make("t5")
+    with torch.no_grad():
+        for stack, sparse in (
+            ("encoder", layers != "encoder=none;decoder=all"),
+            ("decoder", "decoder=none" not in layers),
+        ):
+            chosen = [1] if "encoder=1" in layers and stack == "encoder" else range(2)
+            for number in chosen if sparse else ():
+                layer = getattr(scaled, stack).block[number].layer[1 if stack == "encoder" else 2]
+                layer.DenseReluDense.wo.weight /= 8
+    assert relative(logits(load(tmp_path / "moe")), logits(scaled)) < 1e-6
+
+
+def test_switch_says_what_it_cannot_do(tmp_path: Path) -> None:
+    for name, options, sentence in (
+        ("t5-gated", {}, "cannot become switch_transformers, which has no gated experts."),
+        ("t5", {"top_k": 2}, "cannot become switch_transformers, which sends a token to one expert, weighted by its "),
+        ("t5", {"layers": "0"}, "cannot become switch_transformers, which can make only every so many layers of the "),
+    ):
+        dense = stored(tmp_path, name)
+        with pytest.raises(UnsupportedError) as caught:
+            upcycled(dense, tmp_path / "moe", target="switch", **options)
+        assert str(caught.value).startswith(f"{dense.label} {sentence}")
+
+
+def test_switch_is_never_chosen_by_itself(tmp_path: Path) -> None:
+    report = upcycled(stored(tmp_path, "t5"), tmp_path / "moe", combine="raw", top_k=1)
+    assert report.target == "upcycled_t5"
+
+
+def test_transformers_runs_two_experts_of_an_nllb() -> None:
+    """What the report warns of; when this fails, transformers is mended and the warning goes."""
+    from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
+
+    torch.manual_seed(0)
+    config = transformers.NllbMoeConfig(d_model=32, num_experts=8, moe_token_dropout=0.0)
+    block = NllbMoeSparseMLP(config, 48).eval()
+    ran: set[int] = set()
+    for number in range(8):
+        block.experts[f"expert_{number}"].register_forward_hook(lambda *_, number=number: ran.add(number))
+    block(torch.randn(1, 64, 32))
+    assert ran == {0, 1}
