@@ -21,6 +21,7 @@ from benchmarks.cases import (
     reversing,
     starting,
     undo_record,
+    upcycling,
 )
 from benchmarks.measuring import ROOT, ProcessError, Workshop
 from benchmarks.table import Result
@@ -37,6 +38,8 @@ BENCHMARKS: dict[str, Callable[[Workshop], Result]] = {
     "combine": combining.run,
     "copy": copying.run,
     "registry": registry.run,
+    "upcycle": upcycling.against_mergekit,
+    "upcycle-copy": upcycling.against_copying,
     "startup": starting.run,
 }
 RUNS = 5
