@@ -556,6 +556,8 @@ def _model_class(dense: Any) -> type[PreTrainedModel]:
 
 def __getattr__(name: str) -> Any:
     """`UpcycledX` for the class X of transformers."""
+    if name in globals():
+        return globals()[name]
     dense: Any = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
     is_config = isinstance(dense, type) and issubclass(dense, PreTrainedConfig)
     config = dense if is_config else getattr(dense, "config_class", None)
@@ -563,6 +565,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     made = _config_class(dense) if is_config else _model_class(dense)
     made.__name__ = made.__qualname__ = name
+    made.__doc__ = f"`transformers.{dense.__name__}`, upcycled: mixtures of experts in place of some MLPs."
     globals()[name] = made
     if not is_config and (renames := get_checkpoint_conversion_mapping(dense.__name__)):
         # Stored names that transformers changes on loading it changes for this class as for the dense one.
