@@ -22,7 +22,8 @@ What config.json says besides the dense model's settings:
         "kind": "copy"                    or "lora": low-rank updates to one frozen MLP, with "rank" and "alpha"
       }
     },
-    "routed_lora_base": null,             for kind "lora": the dense checkpoint, if this folder has the updates alone
+    "base_model_name_or_path": null,      for kind "lora", if the folder has only routers and updates, in
+    "base_model_revision": null,          routed_lora.safetensors: where the dense weights are
     "router_aux_loss_coef": 0.01,         load balancing, top-k only
     "router_z_loss_coef": 0.0,
     "router_jitter_noise": 0.0
@@ -35,6 +36,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import os
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -42,6 +44,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -50,6 +53,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.hub import cached_file
 
 # --------------------------------------------------------------------------------------------------------------------
 # Routing: pure functions
@@ -280,7 +284,7 @@ class MixtureOfExperts(nn.Module):
         if options.kind == "lora":
             # The one frozen MLP keeps its names, so that the dense checkpoint is a part of this one's.
             for name, child in mlp.named_children():
-                self.add_module(name, child.requires_grad_(False))
+                self.add_module(name, child)
             experts = [lora_expert(mlp, options.rank, options.alpha) for _ in range(options.num_experts)]
         else:
             experts = [copy.deepcopy(mlp) for _ in range(options.num_experts)]
@@ -288,6 +292,7 @@ class MixtureOfExperts(nn.Module):
                 # A model that is not loaded from a checkpoint shall start with experts that differ.
                 module.__dict__["_is_hf_initialized"] = False
         self.experts = nn.ModuleList(experts)
+        self.freeze_shared_mlp()
         self.routing: Routing | None = None
         self._real: Tensor | None = None
 
@@ -330,6 +335,12 @@ class MixtureOfExperts(nn.Module):
                 output = expert(flat[where]) * weights[where, number].unsqueeze(-1)
                 result.index_add_(0, where, output.to(result.dtype))
         return result.to(tokens.dtype).view_as(tokens)
+
+    def freeze_shared_mlp(self) -> None:
+        """Leave the MLP out of training whose updates are the experts, if this is of kind "lora"."""
+        for name, child in self.named_children():
+            if name not in ("router", "experts"):
+                child.requires_grad_(False)
 
     def see_attention_mask(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Learn which tokens are padding, from what the layer's attention is given; a forward pre-hook.
@@ -385,7 +396,9 @@ class LoraLinear(nn.Module):
     def __init__(self, frozen: nn.Linear | Conv1D, rank: int, alpha: float) -> None:
         super().__init__()
         self._frozen = (frozen,)  # in a tuple, so that it is no submodule and not stored again for each expert
-        columns, rows = (frozen.nx, frozen.nf) if isinstance(frozen, Conv1D) else frozen.weight.shape[::-1]
+        rows, columns = (
+            (frozen.nf, frozen.nx) if isinstance(frozen, Conv1D) else (frozen.out_features, frozen.in_features)
+        )
         self.scale = alpha / rank
         self.lora_A = LoraFactor(rank, columns)
         self.lora_B = LoraFactor(rows, rank)
@@ -461,6 +474,8 @@ FAMILIES: dict[str, dict[str, StackLayout]] = {
     ),
 }
 PREFIX = "Upcycled"
+ROUTED_LORA_FILE = "routed_lora.safetensors"
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
 def replace_mlps(model: PreTrainedModel) -> None:
@@ -495,6 +510,38 @@ def replace_mlps(model: PreTrainedModel) -> None:
             attention.register_forward_pre_hook(mixture.see_attention_mask, with_kwargs=True)
 
 
+def add_routed_lora(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
+    """Put stored routers and low-rank updates into a model that has places for them.
+
+    Args:
+        model: with mixtures of kind "lora".
+        tensors: by the model's names for them: all routers and updates, and nothing else.
+
+    Raises:
+        ValueError: a name or a shape differs.
+    """
+    places = routed_lora_tensors(model)
+    wrong = sorted(places.keys() ^ tensors.keys()) or sorted(n for n in places if places[n].shape != tensors[n].shape)
+    if wrong:
+        raise ValueError(
+            f"{ROUTED_LORA_FILE} does not fit its base model and config.json: {len(wrong)} of its tensors are missing, "
+            f"unknown or of another shape, {wrong[0]} among them."
+        )
+    with torch.no_grad():
+        for name, place in places.items():
+            place.copy_(tensors[name])
+
+
+def routed_lora_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a model's routers and low-rank updates, by name."""
+    return {
+        f"{name}.{part}": parameter
+        for name, mixture in mixtures(model).items()
+        for part, parameter in mixture.named_parameters()
+        if part.startswith(("router.", "experts."))
+    }
+
+
 def mixtures(model: nn.Module) -> dict[str, MixtureOfExperts]:
     """Every mixture of a model by its module name; `.routing` of each tells about the last forward pass."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MixtureOfExperts)}
@@ -524,7 +571,8 @@ def _config_class(dense: Any) -> type[PreTrainedConfig]:
     class UpcycledConfig(dense):  # type: ignore[misc]
         model_type = f"upcycled_{dense.model_type}"
         moe_stacks: dict[str, Any] | None = None
-        routed_lora_base: str | None = None
+        base_model_name_or_path: str | None = None
+        base_model_revision: str | None = None
         router_aux_loss_coef: float = 0.01
         router_z_loss_coef: float = 0.0
         router_jitter_noise: float = 0.0
@@ -541,6 +589,30 @@ def _model_class(dense: Any) -> type[PreTrainedModel]:
             super().__init__(config, *args, **kwargs)
             replace_mlps(self)
             self.post_init()
+
+        @classmethod
+        def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+            """As ever; or, for a folder that has only routed LoRA experts, the dense checkpoint with those added."""
+            hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            config = kwargs.get("config")
+            if not isinstance(config, PreTrainedConfig):
+                config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **hub)
+            base, file = config.base_model_name_or_path, None
+            if base is not None:
+                file = cached_file(pretrained_model_name_or_path, ROUTED_LORA_FILE, **hub)
+                beside = os.path.join(pretrained_model_name_or_path, base)
+                pretrained_model_name_or_path = beside if os.path.isdir(beside) else base
+                config = copy.deepcopy(config)
+                kwargs |= {"config": config, "revision": config.base_model_revision or "main", "subfolder": ""}
+                # What is loaded is whole, and is saved as a whole.
+                config.base_model_name_or_path = config.base_model_revision = None
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            if file is not None:
+                add_routed_lora(model, load_file(file))
+            for mixture in mixtures(model).values():
+                mixture.freeze_shared_mlp()  # loading has put new parameters there
+            return loaded
 
         @wraps(dense.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
