@@ -6,7 +6,7 @@ see a token. Everything else is as it was. Each model class here is a dense clas
 replaced: `UpcycledGPT2LMHeadModel` is `transformers.GPT2LMHeadModel`, and so on for every class of the families in
 `FAMILIES`. They are made when asked for; see `__getattr__` at the end.
 
-This file needs only torch and transformers 5. It travels with the checkpoint, and `auto_map` in config.json names it.
+This file needs only torch and transformers (5.10 or later). It travels with the checkpoint, and `auto_map` in config.json names it.
 
 What config.json says besides the dense model's settings:
 
@@ -226,7 +226,7 @@ class MoeOptions:
             ValueError: something is missing, unknown or out of range.
         """
         written = {key: value for key, value in config.moe_stacks[stack].items() if value is not None}
-        unknown = written.keys() - cls.__dataclass_fields__.keys()
+        unknown = written.keys() - (cls.__dataclass_fields__.keys() - {"jitter"})
         if unknown:
             raise ValueError(f"moe_stacks.{stack} in config.json has unknown fields: {', '.join(sorted(unknown))}.")
         missing = {"layers", "num_experts"} - written.keys()
@@ -326,15 +326,16 @@ class MixtureOfExperts(nn.Module):
         the very bits of the dense MLP in bfloat16, nearly always.
         """
         flat, weights = tokens.flatten(0, 1), weights.flatten(0, 1)  # [G n, H], [G n, E]
-        result = torch.zeros_like(flat, dtype=weights.dtype)
+        result, dtype = torch.zeros_like(flat, dtype=weights.dtype), tokens.dtype
         by_expert = taken.flatten(0, 1).t()  # [E, G n]
         positions = by_expert.nonzero()[:, 1].split(by_expert.sum(dim=1).tolist())
         for number, (expert, where) in enumerate(zip(self.experts, positions, strict=True)):
             # In training idle experts run on no tokens: their gradients are then zero, not absent, on every device.
             if len(where) or self.training:
-                output = expert(flat[where]) * weights[where, number].unsqueeze(-1)
-                result.index_add_(0, where, output.to(result.dtype))
-        return result.to(tokens.dtype).view_as(tokens)
+                output = expert(flat[where])
+                dtype = output.dtype  # T5 in float16 keeps the second half of its MLP in float32
+                result.index_add_(0, where, (output * weights[where, number].unsqueeze(-1)).to(result.dtype))
+        return result.to(dtype).view_as(tokens)
 
     def freeze_shared_mlp(self) -> None:
         """Leave the MLP out of training whose updates are the experts, if this is of kind "lora"."""
@@ -485,8 +486,8 @@ def replace_mlps(model: PreTrainedModel) -> None:
         if stack not in (config.moe_stacks or {}):
             continue
         options = MoeOptions.of(config, stack)
-        if not hasattr(model.base_model, layout.layers.split(".")[0]):
-            continue  # T5's encoder alone has no decoder
+        if stack == "decoder" and hasattr(model.base_model, "encoder") and not hasattr(model.base_model, "decoder"):
+            continue  # T5's encoder on its own
         layers: Any = model.base_model.get_submodule(layout.layers)
         for number in options.layers:
             if not 0 <= number < len(layers):

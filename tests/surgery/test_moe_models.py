@@ -228,13 +228,30 @@ def test_from_scratch_experts_differ(variant: str, tmp_path: Path) -> None:
         assert mixture.router.weight.abs().max() > 0
 
 
-def test_half_precision_is_the_dense_model_to_the_bit(tmp_path: Path) -> None:
-    folder = upcycle("llama", tmp_path / "moe", both_layers("llama", top_k))
-    model = load("llama", folder, dtype=torch.bfloat16)
-    plain = load("llama", tmp_path / "moe-dense", dtype=torch.bfloat16)
+@pytest.mark.parametrize("variant", ["llama", "bert"])
+def test_bfloat16_is_the_dense_model_to_the_bit(variant: str, tmp_path: Path) -> None:
+    folder = upcycle(variant, tmp_path / "moe", both_layers(variant, top_k))
+    model, plain = (load(variant, place, dtype=torch.bfloat16) for place in (folder, tmp_path / "moe-dense"))
     inputs = models.inputs(plain)
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
+
+
+def test_what_t5_keeps_in_float32_stays_in_float32(tmp_path: Path) -> None:
+    """In float16 its MLPs' second half, whose results need not fit float16."""
+    folder = upcycle("t5", tmp_path / "moe", both_layers("t5", top_k))
+    model, plain = (load("t5", place, dtype=torch.float16) for place in (folder, tmp_path / "moe-dense"))
+    for mixture in moe.mixtures(model).values():
+        for expert in mixture.experts:
+            expert.wo.weight.data *= 1e6  # type: ignore[operator, union-attr]
+        out = mixture(torch.ones(1, 3, 32, dtype=torch.float16))
+        assert out.dtype == torch.float32
+        assert 65504 < out.abs().max() < torch.inf
+        for expert in mixture.experts:
+            expert.wo.weight.data /= 1e6  # type: ignore[operator, union-attr]
+    inputs = models.inputs(plain)
+    with torch.no_grad():
+        assert relative(model(**inputs).logits, plain(**inputs).logits) < 4 * 2**-10
 
 
 # What a token sees ----------------------------------------------------------------------------------------------------
