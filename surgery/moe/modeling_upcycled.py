@@ -6,7 +6,8 @@ see a token. Everything else is as it was. Each model class here is a dense clas
 replaced: `UpcycledGPT2LMHeadModel` is `transformers.GPT2LMHeadModel`, and so on for every class of the families in
 `FAMILIES`. They are made when asked for; see `__getattr__` at the end.
 
-This file needs only torch and transformers (5.10 or later). It travels with the checkpoint, and `auto_map` in config.json names it.
+This file needs only torch and transformers (5.10 or later). It travels with the checkpoint, and `auto_map` in
+config.json names it.
 
 What config.json says besides the dense model's settings:
 
@@ -320,22 +321,31 @@ class MixtureOfExperts(nn.Module):
         return self._apply_experts(tokens, taken, weights).reshape(hidden_states.shape)
 
     def _apply_experts(self, tokens: Tensor, taken: Tensor, weights: Tensor) -> Tensor:
-        """The sum over experts of weight x expert(token): [G, n, H].
+        """The sum over experts of weight x expert(token).
 
         Outputs are added in float32 and rounded once. With identical experts and weights that sum to 1 that gives back
         the very bits of the dense MLP in bfloat16, nearly always.
+
+        Args:
+            tokens: [G, n, H].
+            taken: bool [G, n, E].
+            weights: float32 [G, n, E].
+
+        Returns:
+            [G, n, H], in the dtype of the experts' outputs.
         """
-        flat, weights = tokens.flatten(0, 1), weights.flatten(0, 1)  # [G n, H], [G n, E]
-        result, dtype = torch.zeros_like(flat, dtype=weights.dtype), tokens.dtype
-        by_expert = taken.flatten(0, 1).t()  # [E, G n]
-        positions = by_expert.nonzero()[:, 1].split(by_expert.sum(dim=1).tolist())
-        for number, (expert, where) in enumerate(zip(self.experts, positions, strict=True)):
-            # In training idle experts run on no tokens: their gradients are then zero, not absent, on every device.
-            if len(where) or self.training:
-                output = expert(flat[where])
-                dtype = output.dtype  # T5 in float16 keeps the second half of its MLP in float32
-                result.index_add_(0, where, (output * weights[where, number].unsqueeze(-1)).to(result.dtype))
-        return result.to(dtype).view_as(tokens)
+        flat = tokens.flatten(0, 1)  # [G n, H]
+        expert_of, token_of = taken.flatten(0, 1).t().nonzero(as_tuple=True)  # sorted by expert
+        inputs = flat[token_of].split(taken.sum(dim=(0, 1)).tolist())
+        # In training idle experts run on no tokens: their gradients are then zero, not absent, on every device.
+        idle_too = self.training or not len(token_of)
+        outputs = torch.cat(
+            [expert(rows) for expert, rows in zip(self.experts, inputs, strict=True) if idle_too or len(rows)]
+        )
+        weighted = outputs * weights.flatten(0, 1)[token_of, expert_of].unsqueeze(-1)
+        result = torch.zeros_like(flat, dtype=weighted.dtype).index_add(0, token_of, weighted)
+        # Not the dtype of `tokens`: T5 in float16 keeps the second half of its MLPs in float32.
+        return result.to(outputs.dtype).view_as(tokens)
 
     def freeze_shared_mlp(self) -> None:
         """Leave the MLP out of training whose updates are the experts, if this is of kind "lora"."""
