@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -441,3 +442,20 @@ def test_a_few_steps_of_training_lower_the_loss_and_move_the_routers(tmp_path: P
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     assert all(not torch.equal(mixture.router.weight, start[name]) for name, mixture in moe.mixtures(model).items())
+
+
+@pytest.mark.parametrize("variant", ["phi", "bert-lm"])
+def test_peft_finds_experts_and_routers(variant: str, tmp_path: Path) -> None:
+    """Adapters on all linear layers train, and merge into what they said."""
+    model = without_dropout(load(variant, upcycle(variant, tmp_path / "moe", both_layers(variant, top_k), noise=0.1)))
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    adapted = [name for name, module in tuned.named_modules() if hasattr(module, "lora_A")]
+    assert sum(".experts." in name for name in adapted) == 2 * EXPERTS * 2
+    assert sum(name.endswith(".router") for name in adapted) == 2
+    loss_of(tuned.train(), tokens(2, 9)).backward()
+    assert all(p.grad is not None for name, p in tuned.named_parameters() if "lora_" in name and ".experts." in name)
+    inputs = models.inputs(model)
+    with torch.no_grad():
+        said = tuned.eval()(**inputs).logits
+        merged = tuned.merge_and_unload()(**inputs).logits
+    assert relative(merged, said) < 1e-4
