@@ -11,9 +11,18 @@ import transformers
 
 from surgery.moe import modeling_upcycled
 from surgery.moe.modeling_upcycled import MixtureOfExperts, Routing, mixtures, router_loss
+from surgery.moe.routed_lora import load_routed_lora, save_routed_lora
 from surgery.moe_families import CLASS_PREFIX, UPCYCLED_FAMILIES
 
-__all__ = ["MixtureOfExperts", "Routing", "mixtures", "register", "router_loss"]
+__all__ = [
+    "MixtureOfExperts",
+    "Routing",
+    "load_routed_lora",
+    "mixtures",
+    "register",
+    "router_loss",
+    "save_routed_lora",
+]
 
 
 def register() -> None:

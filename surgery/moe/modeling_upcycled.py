@@ -6,7 +6,8 @@ see a token. Everything else is as it was. Each model class here is a dense clas
 replaced: `UpcycledGPT2LMHeadModel` is `transformers.GPT2LMHeadModel`, and so on for every class of the families in
 `FAMILIES`. They are made when asked for; see `__getattr__` at the end.
 
-This file needs only torch and transformers 5. It travels with the checkpoint, and `auto_map` in config.json names it.
+This file needs only torch and transformers (5.10 or later). It travels with the checkpoint, and `auto_map` in
+config.json names it.
 
 What config.json says besides the dense model's settings:
 
@@ -22,7 +23,8 @@ What config.json says besides the dense model's settings:
         "kind": "copy"                    or "lora": low-rank updates to one frozen MLP, with "rank" and "alpha"
       }
     },
-    "routed_lora_base": null,             for kind "lora": the dense checkpoint, if this folder has the updates alone
+    "base_model_name_or_path": null,      for kind "lora", if the folder has only routers and updates, in
+    "base_model_revision": null,          routed_lora.safetensors: where the dense weights are
     "router_aux_loss_coef": 0.01,         load balancing, top-k only
     "router_z_loss_coef": 0.0,
     "router_jitter_noise": 0.0
@@ -35,6 +37,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import os
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -42,6 +45,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -50,6 +54,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.hub import cached_file
 
 # --------------------------------------------------------------------------------------------------------------------
 # Routing: pure functions
@@ -222,7 +227,7 @@ class MoeOptions:
             ValueError: something is missing, unknown or out of range.
         """
         written = {key: value for key, value in config.moe_stacks[stack].items() if value is not None}
-        unknown = written.keys() - cls.__dataclass_fields__.keys()
+        unknown = written.keys() - (cls.__dataclass_fields__.keys() - {"jitter"})
         if unknown:
             raise ValueError(f"moe_stacks.{stack} in config.json has unknown fields: {', '.join(sorted(unknown))}.")
         missing = {"layers", "num_experts"} - written.keys()
@@ -280,7 +285,7 @@ class MixtureOfExperts(nn.Module):
         if options.kind == "lora":
             # The one frozen MLP keeps its names, so that the dense checkpoint is a part of this one's.
             for name, child in mlp.named_children():
-                self.add_module(name, child.requires_grad_(False))
+                self.add_module(name, child)
             experts = [lora_expert(mlp, options.rank, options.alpha) for _ in range(options.num_experts)]
         else:
             experts = [copy.deepcopy(mlp) for _ in range(options.num_experts)]
@@ -288,6 +293,7 @@ class MixtureOfExperts(nn.Module):
                 # A model that is not loaded from a checkpoint shall start with experts that differ.
                 module.__dict__["_is_hf_initialized"] = False
         self.experts = nn.ModuleList(experts)
+        self.freeze_shared_mlp()
         self.routing: Routing | None = None
         self._real: Tensor | None = None
 
@@ -315,21 +321,37 @@ class MixtureOfExperts(nn.Module):
         return self._apply_experts(tokens, taken, weights).reshape(hidden_states.shape)
 
     def _apply_experts(self, tokens: Tensor, taken: Tensor, weights: Tensor) -> Tensor:
-        """The sum over experts of weight x expert(token): [G, n, H].
+        """The sum over experts of weight x expert(token).
 
         Outputs are added in float32 and rounded once. With identical experts and weights that sum to 1 that gives back
         the very bits of the dense MLP in bfloat16, nearly always.
+
+        Args:
+            tokens: [G, n, H].
+            taken: bool [G, n, E].
+            weights: float32 [G, n, E].
+
+        Returns:
+            [G, n, H], in the dtype of the experts' outputs.
         """
-        flat, weights = tokens.flatten(0, 1), weights.flatten(0, 1)  # [G n, H], [G n, E]
-        result = torch.zeros_like(flat, dtype=weights.dtype)
-        by_expert = taken.flatten(0, 1).t()  # [E, G n]
-        positions = by_expert.nonzero()[:, 1].split(by_expert.sum(dim=1).tolist())
-        for number, (expert, where) in enumerate(zip(self.experts, positions, strict=True)):
-            # In training idle experts run on no tokens: their gradients are then zero, not absent, on every device.
-            if len(where) or self.training:
-                output = expert(flat[where]) * weights[where, number].unsqueeze(-1)
-                result.index_add_(0, where, output.to(result.dtype))
-        return result.to(tokens.dtype).view_as(tokens)
+        flat = tokens.flatten(0, 1)  # [G n, H]
+        expert_of, token_of = taken.flatten(0, 1).t().nonzero(as_tuple=True)  # sorted by expert
+        inputs = flat[token_of].split(taken.sum(dim=(0, 1)).tolist())
+        # In training idle experts run on no tokens: their gradients are then zero, not absent, on every device.
+        idle_too = self.training or not len(token_of)
+        outputs = torch.cat(
+            [expert(rows) for expert, rows in zip(self.experts, inputs, strict=True) if idle_too or len(rows)]
+        )
+        weighted = outputs * weights.flatten(0, 1)[token_of, expert_of].unsqueeze(-1)
+        result = torch.zeros_like(flat, dtype=weighted.dtype).index_add(0, token_of, weighted)
+        # Not the dtype of `tokens`: T5 in float16 keeps the second half of its MLPs in float32.
+        return result.to(outputs.dtype).view_as(tokens)
+
+    def freeze_shared_mlp(self) -> None:
+        """Leave the MLP out of training whose updates are the experts, if this is of kind "lora"."""
+        for name, child in self.named_children():
+            if name not in ("router", "experts"):
+                child.requires_grad_(False)
 
     def see_attention_mask(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Learn which tokens are padding, from what the layer's attention is given; a forward pre-hook.
@@ -385,7 +407,9 @@ class LoraLinear(nn.Module):
     def __init__(self, frozen: nn.Linear | Conv1D, rank: int, alpha: float) -> None:
         super().__init__()
         self._frozen = (frozen,)  # in a tuple, so that it is no submodule and not stored again for each expert
-        columns, rows = (frozen.nx, frozen.nf) if isinstance(frozen, Conv1D) else frozen.weight.shape[::-1]
+        rows, columns = (
+            (frozen.nf, frozen.nx) if isinstance(frozen, Conv1D) else (frozen.out_features, frozen.in_features)
+        )
         self.scale = alpha / rank
         self.lora_A = LoraFactor(rank, columns)
         self.lora_B = LoraFactor(rows, rank)
@@ -461,6 +485,8 @@ FAMILIES: dict[str, dict[str, StackLayout]] = {
     ),
 }
 PREFIX = "Upcycled"
+ROUTED_LORA_FILE = "routed_lora.safetensors"
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
 def replace_mlps(model: PreTrainedModel) -> None:
@@ -470,8 +496,8 @@ def replace_mlps(model: PreTrainedModel) -> None:
         if stack not in (config.moe_stacks or {}):
             continue
         options = MoeOptions.of(config, stack)
-        if not hasattr(model.base_model, layout.layers.split(".")[0]):
-            continue  # T5's encoder alone has no decoder
+        if stack == "decoder" and hasattr(model.base_model, "encoder") and not hasattr(model.base_model, "decoder"):
+            continue  # T5's encoder on its own
         layers: Any = model.base_model.get_submodule(layout.layers)
         for number in options.layers:
             if not 0 <= number < len(layers):
@@ -493,6 +519,38 @@ def replace_mlps(model: PreTrainedModel) -> None:
             layer.set_submodule(layout.mlp, mixture)
             attention = layer.get_submodule(layout.attention)
             attention.register_forward_pre_hook(mixture.see_attention_mask, with_kwargs=True)
+
+
+def add_routed_lora(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
+    """Put stored routers and low-rank updates into a model that has places for them.
+
+    Args:
+        model: with mixtures of kind "lora".
+        tensors: by the model's names for them: all routers and updates, and nothing else.
+
+    Raises:
+        ValueError: a name or a shape differs.
+    """
+    places = routed_lora_tensors(model)
+    wrong = sorted(places.keys() ^ tensors.keys()) or sorted(n for n in places if places[n].shape != tensors[n].shape)
+    if wrong:
+        raise ValueError(
+            f"{ROUTED_LORA_FILE} does not fit its base model and config.json: {len(wrong)} of its tensors are missing, "
+            f"unknown or of another shape, {wrong[0]} among them."
+        )
+    with torch.no_grad():
+        for name, place in places.items():
+            place.copy_(tensors[name])
+
+
+def routed_lora_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a model's routers and low-rank updates, by name."""
+    return {
+        f"{name}.{part}": parameter
+        for name, mixture in mixtures(model).items()
+        for part, parameter in mixture.named_parameters()
+        if part.startswith(("router.", "experts."))
+    }
 
 
 def mixtures(model: nn.Module) -> dict[str, MixtureOfExperts]:
@@ -524,7 +582,8 @@ def _config_class(dense: Any) -> type[PreTrainedConfig]:
     class UpcycledConfig(dense):  # type: ignore[misc]
         model_type = f"upcycled_{dense.model_type}"
         moe_stacks: dict[str, Any] | None = None
-        routed_lora_base: str | None = None
+        base_model_name_or_path: str | None = None
+        base_model_revision: str | None = None
         router_aux_loss_coef: float = 0.01
         router_z_loss_coef: float = 0.0
         router_jitter_noise: float = 0.0
@@ -542,6 +601,30 @@ def _model_class(dense: Any) -> type[PreTrainedModel]:
             replace_mlps(self)
             self.post_init()
 
+        @classmethod
+        def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+            """As ever; or, for a folder that has only routed LoRA experts, the dense checkpoint with those added."""
+            hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            config = kwargs.get("config")
+            if not isinstance(config, PreTrainedConfig):
+                config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **hub)
+            base, file = config.base_model_name_or_path, None
+            if base is not None:
+                file = cached_file(pretrained_model_name_or_path, ROUTED_LORA_FILE, **hub)
+                beside = os.path.join(pretrained_model_name_or_path, base)
+                pretrained_model_name_or_path = beside if os.path.isdir(beside) else base
+                config = copy.deepcopy(config)
+                kwargs |= {"config": config, "revision": config.base_model_revision or "main", "subfolder": ""}
+                # What is loaded is whole, and is saved as a whole.
+                config.base_model_name_or_path = config.base_model_revision = None
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            if file is not None:
+                add_routed_lora(model, load_file(file))
+            for mixture in mixtures(model).values():
+                mixture.freeze_shared_mlp()  # loading has put new parameters there
+            return loaded
+
         @wraps(dense.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             outputs = super().forward(*args, **kwargs)
@@ -556,6 +639,8 @@ def _model_class(dense: Any) -> type[PreTrainedModel]:
 
 def __getattr__(name: str) -> Any:
     """`UpcycledX` for the class X of transformers."""
+    if name in globals():
+        return globals()[name]
     dense: Any = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
     is_config = isinstance(dense, type) and issubclass(dense, PreTrainedConfig)
     config = dense if is_config else getattr(dense, "config_class", None)
@@ -563,6 +648,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     made = _config_class(dense) if is_config else _model_class(dense)
     made.__name__ = made.__qualname__ = name
+    made.__doc__ = f"`transformers.{dense.__name__}`, upcycled: mixtures of experts in place of some MLPs."
     globals()[name] = made
     if not is_config and (renames := get_checkpoint_conversion_mapping(dense.__name__)):
         # Stored names that transformers changes on loading it changes for this class as for the dense one.
