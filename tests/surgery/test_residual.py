@@ -85,12 +85,13 @@ def test_size_is_near_the_entropy(noise: float) -> None:
     predicted, actual = tuned_like(1 << 19, noise)
     least = conditional_entropy(predicted, actual)
     size = 8 * len(check(predicted, actual, "BF16")) / len(predicted)
-    assert least < size < 1.12 * least + 0.05  # a few classes stand for all exponents
+    # Sorted eight at a time: not quite by exponent.
+    assert least < size < 1.15 * least + 0.08
     guess = 8 * estimate(predicted, actual, 8) / len(predicted)
     assert guess == pytest.approx(size, rel=0.08)
 
 
-def test_classes_are_worth_it() -> None:
+def test_sorting_is_worth_it() -> None:
     predicted, actual = tuned_like(1 << 19, 5e-5)
     assert len(encode(predicted, actual, 8)) < 0.9 * len(encode(predicted, actual, 0))
 
