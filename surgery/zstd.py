@@ -32,8 +32,10 @@ _LIMITS: dict[int, int] = {zstd.DecompressionParameter.window_log_max: _WINDOW_L
 
 
 def compress(*pieces: bytes) -> bytes:
-    """One frame of several pieces, each with Huffman codes of its own or, where these nearly reach their limit of a bit
-    a byte, with repetitions too."""
+    """One frame of several pieces, each with Huffman codes of its own.
+
+    Where these nearly reach their limit of a bit a byte, repetitions are coded too.
+    """
     found = _frame(pieces, _LITERALS)
     if len(found) < sum(map(len, pieces)) * _SPARSE:
         found = min(found, _frame(pieces, _MATCHES), key=len)
