@@ -97,7 +97,8 @@ def scratch(origin: Origin, tensor: TensorSpec | StoredTensor) -> int:
     columns = max(tensor.shape[-1] if tensor.shape else 1, 1)
     elements = tensor.nbytes * 8 // tensor.dtype.bits
     tile = elements if origin.needs_whole else min(elements, max(2 * TILE_ELEMENTS, 64 * columns))
-    return 40 * tile + origin.factor_bytes() + tensor.nbytes + tensor.nbytes // 32
+    # Bits of weights about eight times, and digits, keys and masks of a byte.
+    return (24 + tensor.dtype.bits) * tile + origin.factor_bytes() + tensor.nbytes + tensor.nbytes // 32
 
 
 class _Predictions:

@@ -223,7 +223,7 @@ def _digit(difference: np.ndarray, place: int, places: int) -> np.ndarray:
     import numpy as np
 
     biased = difference + difference.dtype.type(_middle(places))
-    found = (biased >> difference.dtype.type(8 * place)).astype(np.uint8) - np.uint8(128)
+    found: np.ndarray = (biased >> difference.dtype.type(8 * place)).astype(np.uint8) - np.uint8(128)
     if places < difference.itemsize:
         found[biased >> difference.dtype.type(8 * places) != 0] = 0
     return found
