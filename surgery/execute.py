@@ -275,17 +275,18 @@ class StepIO:
         block: int | None = None,
         whole: bool = False,
         ranges: Iterable[tuple[int, int]] | None = None,
+        hashed: bool = True,
     ) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
         """Go through tensors of equal shape together, some rows at a time.
 
         Yields the row range and a matrix (end - begin, columns) of each tensor, in its own dtype; the matrices are
         overwritten by the next round. With `whole`, everything comes in one round; `ranges` are the rows of each round,
-        all of them in order.
+        all of them in order. Without `hashed` nothing becomes known of what the tensors hash to.
         """
         import torch
 
         rows, columns = tensors[0].rows, tensors[0].columns
-        hashers = [new_hash() if self._wants_hash(tensor) else None for tensor in tensors]
+        hashers = [new_hash() if hashed and self._wants_hash(tensor) else None for tensor in tensors]
         if ranges is None:
             ranges = [(0, rows)] if whole or rows * columns == 0 else tiles(rows, columns, block)
         for begin, end in ranges:

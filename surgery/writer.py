@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from surgery.checkpoint import StoredTensor
@@ -35,6 +36,9 @@ _CHUNK = 8 << 20
 _KERNEL_CHUNK = 64 << 20
 # Larger writes take pages that were never used, which costs several times as much (docs/experiments.md).
 _PIECE = 256 << 10
+# The disk is set to work whenever so much of a tensor is written.
+_WRITEBACK = 8 << 20
+_SYNC_FILE_RANGE_WRITE = 2
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
 _CONFIGS = {"config.json", "adapter_config.json"}
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
@@ -138,12 +142,14 @@ class Staging:
             raise ValueError(f"{len(data)} bytes at {offset} overrun the output tensor {tensor!r}")
         with _disk(self.target):
             _write_at(self._descriptors[name], data, start + offset)
+            _start_writeback(self._descriptors[name], start, offset, offset + len(data))
 
     def copy(self, tensor: str, source: StoredTensor, begin: int, end: int) -> None:
         """Copy bytes `begin` to `end` of a stored tensor to the same place in an output tensor, in the kernel."""
         name, start, _ = self._places[tensor]
         with _disk(self.target):
             _copy_range(source.source, source.offset + begin, self._descriptors[name], start + begin, end - begin)
+            _start_writeback(self._descriptors[name], start, begin, end)
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write a small file whole."""
@@ -344,6 +350,29 @@ def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
     while view:
         count = os.pwrite(descriptor, view[:_PIECE], offset)
         view, offset = view[count:], offset + count
+
+
+def _start_writeback(descriptor: int, start: int, begin: int, end: int) -> None:
+    """Let the disk write what a tensor at `start` of a file has had filled, in large pieces, while work goes on.
+
+    Otherwise Linux waits for the sync at the end, and then so do we. Bytes `begin` to `end` of the tensor are new.
+    """
+    first, last = begin // _WRITEBACK * _WRITEBACK, end // _WRITEBACK * _WRITEBACK
+    if first < last and (call := _sync_file_range()) is not None:
+        call(descriptor, start + first, last - first, _SYNC_FILE_RANGE_WRITE)  # what it cannot do, the sync does
+
+
+@functools.cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    """The call of that name where the system has one."""
+    if sys.platform != "linux":
+        return None
+    import ctypes
+
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if call is not None:
+        call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return call
 
 
 def _copy_range(source: Source, begin: int, descriptor: int, offset: int, count: int) -> None:

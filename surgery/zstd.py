@@ -31,12 +31,23 @@ _MATCHES: dict[int, int] = {_Parameter.compression_level: 9, _Parameter.window_l
 _LIMITS: dict[int, int] = {zstd.DecompressionParameter.window_log_max: _WINDOW_LOG}
 
 
-def compress(data: bytes) -> bytes:
-    """One frame: Huffman codes alone or, where these nearly reach their limit of a bit a byte, repetitions too."""
-    found = zstd.compress(data, options=_LITERALS)
-    if len(found) < len(data) * _SPARSE:
-        found = min(found, zstd.compress(data, options=_MATCHES), key=len)
+def compress(*pieces: bytes) -> bytes:
+    """One frame of several pieces, each with Huffman codes of its own.
+
+    Where these nearly reach their limit of a bit a byte, repetitions are coded too.
+    """
+    found = _frame(pieces, _LITERALS)
+    if len(found) < sum(map(len, pieces)) * _SPARSE:
+        found = min(found, _frame(pieces, _MATCHES), key=len)
     return found
+
+
+def _frame(pieces: tuple[bytes, ...], options: dict[int, int]) -> bytes:
+    stream = zstd.ZstdCompressor(options=options)
+    stream.set_pledged_input_size(sum(map(len, pieces)))
+    # A block ends where a piece does: each block has a table of its own.
+    parts = [stream.compress(piece, mode=stream.FLUSH_BLOCK) for piece in pieces]
+    return b"".join([*parts, stream.flush(stream.FLUSH_FRAME)])
 
 
 def decompress(data: bytes | memoryview, size: int) -> bytes:

@@ -97,7 +97,8 @@ def scratch(origin: Origin, tensor: TensorSpec | StoredTensor) -> int:
     columns = max(tensor.shape[-1] if tensor.shape else 1, 1)
     elements = tensor.nbytes * 8 // tensor.dtype.bits
     tile = elements if origin.needs_whole else min(elements, max(2 * TILE_ELEMENTS, 64 * columns))
-    return 40 * tile + origin.factor_bytes() + tensor.nbytes + tensor.nbytes // 32
+    # Bits of weights about eight times, and digits, keys and masks of a byte.
+    return (24 + tensor.dtype.bits) * tile + origin.factor_bytes() + tensor.nbytes + tensor.nbytes // 32
 
 
 class _Predictions:
@@ -124,13 +125,12 @@ class _Predictions:
             return _NONE
         return choose_exponents(load_factors(self._io, contribution, torch.float64), self._kind) or _NONE
 
-    def value(self, base: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        """Rows of the base with the adapter added, rounded to the result's dtype."""
+    def write(self, base: torch.Tensor, begin: int, out: torch.Tensor) -> None:
+        """Rows of the base from row `begin` on, with the adapter added and rounded, to `out`, which may be `base`."""
         number = next((n for n, b in enumerate(self._origin.blocks) if b.begin <= begin < b.end), None)
-        if number is None:
-            return predict(base, [], begin, end, self._result, self._kind)
-        first = self._origin.blocks[number].begin
-        return predict(base, self._factors(number), begin - first, end - first, self._result, self._kind)
+        found = [] if number is None else self._factors(number)
+        first = 0 if number is None else self._origin.blocks[number].begin
+        predict(base, found, begin - first, self._kind, out, self._io.buffer)
 
     def _factors(self, number: int) -> list[Fixed]:
         import torch
@@ -193,7 +193,8 @@ def _chunks(
     rest = [cut for cut in cuts if cut[1] > common]
     if source is not None and inner:
         pair = [_first_rows(source, common), *([] if tuned is None else [_first_rows(tuned, common)])]
-        for begin, end, found in io.chunks(*pair, ranges=inner):
+        # Restoring proves the result, so the base needs no proof of its own.
+        for begin, end, found in io.chunks(*pair, ranges=inner, hashed=tuned is not None):
             yield begin, end, found[0], found[1] if tuned is not None else None
     if tuned is None:
         for begin, end in rest:
@@ -239,7 +240,7 @@ class ResidualStep(Step):
         for begin, end, base, wanted in _chunks(io, self.origin, tuned, tuned.rows, tuned.columns, cuts):
             assert wanted is not None
             actual = _bits(wanted)
-            predictor, predicted = self._predict(predictions, base, begin, end, actual)
+            predictor, predicted = self._predict(io, predictions, base, begin, actual)
             left = not _equal(predicted, actual)
             data = residual.encode(predicted, actual, exponent_bits) if left else b""
             parts += [_CHUNK.pack(predictor, left, end - begin, len(data)), data]
@@ -250,7 +251,7 @@ class ResidualStep(Step):
         return StepResult({"bytes": len(code)}, {"code": torch.frombuffer(bytearray(code), dtype=torch.uint8)})
 
     def _predict(
-        self, predictions: _Predictions, base: torch.Tensor | None, begin: int, end: int, actual: np.ndarray
+        self, io: StepIO, predictions: _Predictions, base: torch.Tensor | None, begin: int, actual: np.ndarray
     ) -> tuple[Predictor, np.ndarray]:
         import numpy as np
 
@@ -258,7 +259,8 @@ class ResidualStep(Step):
         if source is None or base is None:
             return Predictor.NOTHING, np.zeros_like(actual)
         if source.dtype.arithmetic and result.arithmetic and predictions.changes(begin):
-            value = predictions.value(base, begin, end)
+            value = io.buffer("value", base.numel(), result.to_torch).view(base.shape)
+            predictions.write(base, begin, value)
             # Machines differ in the bits of what is not a number.
             if bool((value if value.element_size() > 1 else value.float()).isfinite().all()):
                 return Predictor.VALUE, _bits(value)
@@ -307,31 +309,30 @@ class RestoreStep(Step):
         return StepResult()
 
     def _restore(self, io: StepIO, code: _Code) -> None:
-        import torch
-
         output, origin = self.output, self.origin
         predictions = _Predictions(io, origin, output.dtype, code.exponents)
-        exponent_bits = residual.EXPONENT_BITS.get(output.dtype.name, 0)
+        decoder = residual.Decoder(residual.EXPONENT_BITS.get(output.dtype.name, 0))
         columns = output.shape[-1] if output.shape else 1
         rows = code.chunks[-1].end
         cuts = [(chunk.begin, chunk.end) for chunk in code.chunks]
         found = _chunks(io, origin, None, rows, columns, cuts)
         for chunk, (begin, end, base, _) in zip(code.chunks, found, strict=True):
+            if base is not None and base.dtype == output.dtype.to_torch:
+                value = base  # it is not needed any more
+            else:
+                value = io.buffer("value", (end - begin) * columns, output.dtype.to_torch).view(end - begin, columns)
             if chunk.predictor is Predictor.NOTHING:
-                zeros = torch.zeros((end - begin) * columns * (output.dtype.bits // 8), dtype=torch.uint8)
-                value = zeros.view(output.dtype.to_torch).view(end - begin, columns)
+                _bits(value).fill(0)
             elif base is None:
                 raise ValueError("a chunk predicted by rows that the base does not have")
             elif chunk.predictor is Predictor.VALUE:
                 if not (origin.source is not None and origin.source.dtype.arithmetic and output.dtype.arithmetic):
                     raise ValueError("a chunk predicted by the value of something that is not a number")
-                value = predictions.value(base, begin, end)
-            elif base.dtype == output.dtype.to_torch:
-                value = base
-            else:
+                predictions.write(base, begin, value)
+            elif value is not base:
                 raise ValueError("a chunk predicted by the bits of another dtype")
             if chunk.data is not None:
-                residual.decode(_bits(value), chunk.data, exponent_bits)
+                decoder.decode(_bits(value), chunk.data)
             io.write(output, begin, value)
 
 

@@ -20,7 +20,7 @@ from surgery.checkpoint import Checkpoint, StoredTensor
 from surgery.dtypes import BY_NAME
 from surgery.errors import FormatError, InputError, IntegrityError, MismatchError, several
 from surgery.folder import LocalFolder, read_json
-from surgery.hashing import HashBook, hash_source
+from surgery.hashing import HashBook, hash_source, new_hash
 from surgery.header import parse_header, read_header
 from surgery.layout import Layout, OutputFile, TensorSpec
 from surgery.names import natural_key
@@ -31,7 +31,9 @@ from surgery.provenance import describe_tensor
 from surgery.source import FileSource, Source, read_bytes
 
 FOLDER = "exact"
-SCHEMA = 1
+SCHEMA = 2
+# So much of each tensor of the base is hashed before any work: another base differs there, and is refused at once.
+_BEGINNING = 64 << 10
 SAME, CODED, LITERAL = "same", "coded", "literal"
 
 
@@ -72,7 +74,7 @@ class ExactRecord:
         label: the record's place, for errors.
         base_name, tuned_name: what the two were called.
         entries: every tensor of the fine-tune, by stored name.
-        base: dtype, shape and hash of every tensor of the base that is needed.
+        base: dtype, shape and hash of every tensor of the base that is needed, and the hash of its beginning.
         adapter: hash of every tensor of the adapter.
         config: what the base was read as: its own config, or that of the fine-tune where it had none.
         files: the fine-tune's other files, by relative path.
@@ -107,12 +109,15 @@ class ExactRecord:
                 )
         self._refuse(base, problems)
 
-    def check_hashes(self, base: Checkpoint, digests: Mapping[str, str]) -> None:
-        """Raise `MismatchError` naming every tensor or file of the base whose bytes are not those on record."""
+    def check_beginnings(self, base: Checkpoint) -> None:
+        """Raise `MismatchError` naming every tensor whose first bytes, or file that, is not as on record.
+
+        A base that differs further on only is not found here, but by what is restored from it.
+        """
         problems = [
-            f"{base.label}: tensor {name!r} has other values than in {self.base_name}, the base of this extraction."
+            self._other_values(base, name)
             for name, expected in self.base.items()
-            if digests.get(name) != expected["blake3"]
+            if hash_beginning(base.tensors[name]) != expected["beginning"]
         ]
         for name, entry in self.files.items():
             if entry.in_base and (
@@ -120,6 +125,14 @@ class ExactRecord:
             ):
                 problems.append(f"{base.label}: file {name} is not the one that {self.base_name} had.")
         self._refuse(base, problems)
+
+    def check_hashes(self, base: Checkpoint, digests: Mapping[str, str]) -> None:
+        """Raise `MismatchError` naming every tensor of the base whose bytes are not those on record."""
+        changed = [name for name, expected in self.base.items() if digests.get(name) != expected["blake3"]]
+        self._refuse(base, [self._other_values(base, name) for name in changed])
+
+    def _other_values(self, base: Checkpoint, name: str) -> str:
+        return f"{base.label}: tensor {name!r} has other values than in {self.base_name}, the base of this extraction."
 
     def _refuse(self, base: Checkpoint, problems: list[str]) -> None:
         if problems:
@@ -135,6 +148,13 @@ class ExactRecord:
                     f"{adapter.label}: tensor {name!r} is not as it was extracted, so it does not go with its exact "
                     "record; fetch the adapter again."
                 )
+
+
+def hash_beginning(tensor: StoredTensor) -> str:
+    """The hash of a tensor's first bytes."""
+    hasher = new_hash()
+    hasher.update(read_bytes(tensor.source, tensor.offset, min(tensor.nbytes, _BEGINNING)))
+    return hasher.hexdigest()
 
 
 def origins(
@@ -205,12 +225,16 @@ def record_bytes(
         "tuned_name": tuned.provenance["source"],
         "shards": {shard.name: shard.source.size - len(shard.header.raw) for shard in tuned.shards},
         "tensors": {name: {k: v for k, v in asdict(e).items() if v is not None} for name, e in entries.items()},
-        "base": {name: describe_tensor(base.tensors[name], hashes.require(base.tensors[name])) for name in used},
+        "base": {name: _describe_base(base.tensors[name], hashes) for name in used},
         "config": base.config,
         "adapter": {name: hashes.require(tensor) for name, tensor in adapter.files.tensors.items()},
         "files": {name: asdict(entry) for name, entry in files.items()},
     }
     return (json.dumps(content, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
+
+
+def _describe_base(tensor: StoredTensor, hashes: HashBook) -> dict[str, object]:
+    return describe_tensor(tensor, hashes.require(tensor)) | {"beginning": hash_beginning(tensor)}
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -242,7 +266,9 @@ def open_exact(adapter: Adapter) -> ExactRecord:
     content = read_json(folder.open("record.json"))
     label = f"{folder.label}/record.json"
     if content.get("schema") != SCHEMA:
-        raise FormatError(f"{label} has schema {content.get('schema')!r}, expected {SCHEMA}; use a newer version.")
+        raise FormatError(
+            f"{label} has schema {content.get('schema')!r}, expected {SCHEMA}; use the version that made it."
+        )
     tensors, base, hashes, config, files, shards = (
         _mapping(content, key, label) for key in ("tensors", "base", "adapter", "config", "files", "shards")
     )
@@ -287,7 +313,7 @@ def _is_hash(value: object) -> bool:
 
 def _description(name: str, value: object, label: str) -> Mapping[str, object]:
     known = isinstance(value, dict) and value.get("dtype") in BY_NAME and isinstance(value.get("shape"), list)
-    if not isinstance(value, dict) or not known or not _is_hash(value.get("blake3")):
+    if not isinstance(value, dict) or not known or not all(_is_hash(value.get(key)) for key in ("blake3", "beginning")):
         raise FormatError(f"{label} does not describe the base's tensor {name!r}.")
     return value
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from surgery.dtypes import DType
 from surgery.ops.deltas import Factors
@@ -34,6 +34,16 @@ _EXACT_BITS = {"float32": 24, "float64": 53}
 _MARGIN = 0.05
 # What lies beyond is left out: it would be rounded where the type's own exponents end.
 _LARGEST_EXPONENT = {"float32": 100, "float64": 500}
+
+
+# Elements that are predicted at a time: 512 KB in float32, of which there are two.
+_TILE_ELEMENTS = 1 << 17
+
+
+class Memory(Protocol):
+    """`count` elements of memory that are valid until the slot is asked for again."""
+
+    def __call__(self, slot: str, count: int, dtype: torch.dtype) -> torch.Tensor: ...
 
 
 def arithmetic(base: DType, result: DType) -> str:
@@ -57,15 +67,15 @@ class Fixed:
     transposed: bool
     whole: bool
 
-    def rows(self, begin: int, end: int, columns: int) -> torch.Tensor:
-        """Rows `begin` to `end` of dW as the block stores it, (end - begin, columns)."""
+    def rows(self, begin: int, end: int, out: torch.Tensor) -> torch.Tensor:
+        """Rows `begin` to `end` of dW as the block stores it, (end - begin, columns), in `out` unless it is whole."""
         import torch
 
         if self.transposed:
-            return torch.mm(self.A[:, begin:end].T, self.B.T)
+            return torch.mm(self.A[:, begin:end].T, self.B.T, out=out)
         if self.whole:
-            return torch.mm(self.B, self.A).view(-1, columns)[begin:end]
-        return torch.mm(self.B[begin:end], self.A)
+            return torch.mm(self.B, self.A).view(-1, out.shape[1])[begin:end]
+        return torch.mm(self.B[begin:end], self.A, out=out)
 
 
 def choose_exponents(factors: Factors, kind: str) -> tuple[int, int] | None:
@@ -98,24 +108,29 @@ def fix(factors: Factors, exponents: tuple[int, int], kind: str) -> Fixed:
     return Fixed(B, A, factors.transposed, bool(factors.shape))
 
 
-def predict(W: torch.Tensor, found: Sequence[Fixed], begin: int, end: int, result: DType, kind: str) -> torch.Tensor:
-    """W plus contributions, rounded to `result`.
+def predict(W: torch.Tensor, found: Sequence[Fixed], begin: int, kind: str, out: torch.Tensor, memory: Memory) -> None:
+    """W plus contributions, rounded to the dtype of `out`.
+
+    Some rows at a time, which stay in a core's cache from the product to the rounding. Any number of rows would do:
+    there is no order in which the product could differ.
 
     Args:
-        W: (end - begin, columns) rows of the base.
+        W: (rows, columns) of the base.
         found: contributions to the block the rows lie in, in order.
         begin: the first row within the block.
-        end: the row after the last.
-        result: dtype of the prediction.
         kind: of the arithmetic, see `arithmetic`.
+        out: (rows, columns), where the prediction goes; may be W.
+        memory: hands out memory that is used again and again.
     """
     import torch
 
-    if not found:
-        return W.to(getattr(torch, kind)).to(result.to_torch)
-    if W.element_size() == 1:  # torch adds no float8
-        W = W.to(getattr(torch, kind))
-    total = found[0].rows(begin, end, W.shape[1]).add_(W)
-    for fixed in found[1:]:
-        total = fixed.rows(begin, end, W.shape[1]).add_(total)
-    return total.to(result.to_torch)
+    dtype = getattr(torch, kind)
+    rows, columns = W.shape
+    step = rows if any(fixed.whole for fixed in found) else max(1, _TILE_ELEMENTS // max(columns, 1))
+    for first in range(0, rows, step):
+        part = W[first : first + step]
+        total = memory("sum", part.numel(), dtype).view(part.shape).copy_(part)
+        product = memory("product", part.numel(), dtype).view(part.shape)
+        for fixed in found:
+            total.add_(fixed.rows(begin + first, begin + first + len(part), product))
+        out[first : first + step].copy_(total)

@@ -1,7 +1,8 @@
 """`restore BASE ADAPTER`: the fine-tune that an exact extraction was made from, every file of it, bit for bit.
 
-The base is known by its hashes before any work, and what comes out by those of the fine-tune. Nothing is added: the
-folder written holds what the fine-tune's folder held.
+What comes out is proved by the hashes of the fine-tune. Another base is known before any work by the beginnings of its
+tensors; where it differs further on, or the record is damaged, the proof fails, and only then the whole base is hashed,
+to say which. Nothing is added: the folder written holds what the fine-tune's folder held.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def restore(
 ) -> RestoreReport:
     """Write the fine-tune that `adapter` was extracted from with `--exact` to the folder `output`.
 
-    Raises `MismatchError` before any work where `base` is not the base of that extraction, naming its tensors, and
-    `IntegrityError` where anything does not come out as it was.
+    Raises `MismatchError` where `base` is not the base of that extraction, naming its tensors, and `IntegrityError`
+    where anything else does not come out as it was.
     """
     inputs = (Input("base", base), Input("adapter", adapter.files))
     output = Path(output)
@@ -54,9 +55,12 @@ def restore(
         return replace(report, dry_run=True)
     with staged(output, plan, ("restore", record.label), run_options) as run:
         record.check_adapter(adapter, run.hashes)
-        record.check_hashes(base, _hash_base(run, base, record))
-        execution = run.execute(plan, "restoring")
-        _check_tensors(record, execution.outputs)
+        record.check_beginnings(base)
+        try:
+            _check_tensors(record, run.execute(plan, "restoring").outputs)
+        except IntegrityError:
+            record.check_hashes(base, _hash_base(run, base, record))
+            raise
         _check_files(run, record)
         run.finish_bare()
     files = sum(file.size for file in plan.layout.files) + sum(source.size for _, source in plan.carried)

@@ -309,6 +309,25 @@ def test_another_base_is_refused_by_name(llama: tuple[Path, Path, Path], tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"other"}
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_base_that_differs_further_on_is_named(damaged: bool, tmp_path: Path) -> None:
+    """Found by the proof of the result, and named all the same, whatever else is wrong."""
+    base, tuned = low_rank_pair(tmp_path)
+    surgery.extract(base, tuned, output=tmp_path / "adapter", **EXACT)
+    tensors = load_file(base / "model.safetensors")
+    name = sorted(tensors)[0]
+    assert tensors[name].nbytes > 2 << 15
+    tensors[name][-1, -1] += 1
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    if damaged:
+        path = tmp_path / "adapter" / "exact" / "record.safetensors"
+        path.write_bytes(path.read_bytes()[:-9] + bytes(9))
+    with pytest.raises(MismatchError, match="has other values than in base, the base of this extraction") as error:
+        surgery.restore(base, tmp_path / "adapter", output=tmp_path / "again")
+    assert [name in problem for problem in error.value.problems] == [True]
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned", "adapter"}
+
+
 def test_a_file_that_the_base_has_lost_is_named(llama: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, _, adapter = llama
     other = shutil.copytree(base, tmp_path / "other")
@@ -377,6 +396,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
     "a weight file as a file": lambda c: c["files"].update(dict.fromkeys(c["shards"], c["files"]["config.json"])),
     "a tensor that is the same as none": lambda c: c["tensors"]["lm_head.weight"].update(how="same", origin="nowhere"),
     "a tensor of no origin": lambda c: c["tensors"]["model.layers.0.mlp.up_proj.weight"].pop("origin"),
+    "no hash of a beginning": lambda c: c["base"]["lm_head.weight"].pop("beginning"),
     "base not described": lambda c: c["base"].update({"lm_head.weight": 3}),
 }  # fmt: skip
 

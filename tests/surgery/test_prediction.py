@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery.dtypes import BF16, F16, F32, F64, DType
+from surgery.ops import prediction
 from surgery.ops.deltas import Factors
 from surgery.ops.prediction import Fixed, arithmetic, choose_exponents, fix, predict
 
@@ -17,6 +18,16 @@ def factors(rows: int, columns: int, rank: int, size: float, seed: int = 0, scal
     generator = torch.Generator().manual_seed(seed)
     B, A = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((rows, rank), (rank, columns)))
     return Factors(B * size, A * size, scale, False, None, (), False)
+
+
+def memory(slot: str, count: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(count, dtype=dtype)
+
+
+def predicted(W: torch.Tensor, fixed: Fixed, begin: int, result: DType, kind: str) -> torch.Tensor:
+    out = torch.empty(W.shape, dtype=result.to_torch)
+    predict(W, [fixed], begin, kind, out, memory)
+    return out
 
 
 def integers(fixed: Fixed, exponents: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -29,32 +40,43 @@ def integers(fixed: Fixed, exponents: tuple[int, int]) -> tuple[np.ndarray, np.n
 
 @pytest.mark.parametrize("rank", [1, 16, 100])
 @pytest.mark.parametrize("result", [BF16, F16, F32, F64], ids=str)
-def test_no_order_of_summation_changes_a_bit(rank: int, result: DType) -> None:
+def test_no_order_of_summation_changes_a_bit(rank: int, result: DType, monkeypatch: pytest.MonkeyPatch) -> None:
     found = factors(96, 160, rank, 0.03, seed=rank)
     kind = arithmetic(BF16, result)
     exponents = choose_exponents(found, kind)
     assert exponents is not None
     fixed = fix(found, exponents, kind)
     W = 0.02 * torch.randn(96, 160, generator=torch.Generator().manual_seed(9)).to(torch.bfloat16)
-    whole = predict(W, [fixed], 0, 96, result, kind)
+    whole = predicted(W, fixed, 0, result, kind)
     # One product after the other, in four orders, without any fused operation.
     for seed in range(4):
         order = np.random.default_rng(seed).permutation(rank)
         total = np.zeros((96, 160), fixed.B.numpy().dtype)
         for number in order:
             total += fixed.B.numpy()[:, number : number + 1] * fixed.A.numpy()[number : number + 1]
-        assert np.array_equal(total, fixed.rows(0, 96, 160).numpy())
+        assert np.array_equal(total, fixed.rows(0, 96, torch.empty(96, 160, dtype=fixed.A.dtype)).numpy())
     # In exact arithmetic, too: Python's integers.
     B, A = integers(fixed, exponents)
-    assert np.array_equal((B @ A).astype(np.float64) * 2.0 ** -sum(exponents), fixed.rows(0, 96, 160).double().numpy())
-    # Row by row, and with several threads.
-    parts = [predict(W[row : row + 1], [fixed], row, row + 1, result, kind) for row in range(96)]
+    assert np.array_equal(
+        (B @ A).astype(np.float64) * 2.0 ** -sum(exponents),
+        fixed.rows(0, 96, torch.empty(96, 160, dtype=fixed.A.dtype)).double().numpy(),
+    )
+    # Row by row, in tiles of every size, and with several threads.
+    parts = [predicted(W[row : row + 1], fixed, row, result, kind) for row in range(96)]
     assert torch.equal(torch.cat(parts), whole)
+    for rows in (1, 7, 64):
+        with monkeypatch.context() as patch:
+            patch.setattr(prediction, "_TILE_ELEMENTS", rows * 160)
+            assert torch.equal(predicted(W, fixed, 0, result, kind), whole)
+    if result is BF16:  # in place of the base
+        again = W.clone()
+        predict(again, [fixed], 0, kind, again, memory)
+        assert torch.equal(again, whole)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
-            assert torch.equal(predict(W, [fixed], 0, 96, result, kind), whole)
+            assert torch.equal(predicted(W, fixed, 0, result, kind), whole)
     finally:
         torch.set_num_threads(before)
 
@@ -68,7 +90,9 @@ def test_a_prediction_is_near_the_sum(transposed: bool) -> None:
         assert exponents is not None
         delta = found.scale * (found.B @ found.A)
         rows = fix(Factors(found.B, found.A, found.scale, transposed, None, (), False), exponents, kind)
-        given_rows = rows.rows(0, 80, 64).T if transposed else rows.rows(0, 64, 80)
+        out = torch.empty((80, 64) if transposed else (64, 80), dtype=rows.A.dtype)
+        given_rows = rows.rows(0, len(out), out)
+        given_rows = given_rows.T if transposed else given_rows
         assert float((given_rows.double() - delta).norm() / delta.norm()) < relative
 
 

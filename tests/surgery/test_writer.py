@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery import writer
+from surgery.dtypes import U8
 from surgery.errors import InputError, NonFiniteError, OutputError
 from surgery.layout import TensorSpec, single_file
 from surgery.writer import open_staging
@@ -652,3 +653,39 @@ def test_new_files_obey_the_umask(work: Work, tmp_path: Path) -> None:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert set(modes.values()) == {0o640}
+
+
+# The disk works along -------------------------------------------------------------------------------------------------
+
+
+def test_writing_back_starts_in_whole_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece of a tensor goes to the disk once, when it is full; what the system refuses is left to the sync."""
+    started: list[tuple[int, int, int]] = []
+
+    def refuse(descriptor: int, begin: int, count: int, flags: int) -> int:
+        started.append((begin, count, flags))
+        return -1
+
+    monkeypatch.setattr(writer, "_WRITEBACK", 1000)
+    monkeypatch.setattr(writer, "_sync_file_range", lambda: refuse)
+    layout = single_file("model.safetensors", [TensorSpec("w", U8, (3500,))], {})
+    start = len(layout.files[0].raw_header)
+    content = bytes(range(250)) * 14
+    with open_staging(tmp_path / "out", "work") as staging:
+        staging.lay_out(layout)
+        for begin, end in ((0, 400), (400, 999), (999, 2500), (2500, 3500)):
+            staging.write("w", begin, memoryview(content)[begin:end])
+        staging.commit(False)
+    assert started == [(start, 2000, 2), (start + 2000, 1000, 2)]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes()[start:] == content
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such call")
+def test_the_system_takes_the_call(tmp_path: Path) -> None:
+    call = writer._sync_file_range()
+    assert call is not None
+    with open(tmp_path / "file", "wb") as file:
+        file.write(bytes(10_000))
+        file.flush()
+        assert call(file.fileno(), 4096, 4096, writer._SYNC_FILE_RANGE_WRITE) == 0
+        assert call(-1, 0, 1, writer._SYNC_FILE_RANGE_WRITE) == -1
