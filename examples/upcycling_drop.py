@@ -27,10 +27,17 @@ from show import console, heading, steps
 from sklearn.datasets import load_digits
 from tiny_models import Training, encode, evaluate, make_model, make_tokenizer, python_source, train
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.utils import logging
 
 import surgery
-import surgery.moe  # makes transformers know the classes that upcycled checkpoints ship
+from surgery.moe import mixtures  # importing it makes transformers know the classes that upcycled checkpoints ship
 
 LAYERS = 4
 EXPERTS = (2, 8, 32)
@@ -55,7 +62,7 @@ class Digits:
 
 @dataclass(frozen=True)
 class Point:
-    """One upcycled model: what it was made with, and its loss in nats beside the dense model's."""
+    """One upcycled model: how it was made, its loss and the dense model's, and the share of tokens without expert."""
 
     model: str
     seed: int
@@ -64,6 +71,7 @@ class Point:
     layers: int
     loss: float
     dense: float
+    uncovered: float = 0.0
 
     @property
     def drop(self) -> float:
@@ -95,11 +103,11 @@ def train_vit(folder: Path, digits: Digits, seed: int, epochs: int) -> None:
         image_size=8,
         patch_size=2,
         num_channels=1,
-        num_labels=10,
     )
+    config.num_labels = 10
     model = ViTForImageClassification(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
-    batches = [batch for _ in range(epochs) for batch in torch.randperm(len(digits.labels)).split(128)]
+    batches = [batch for _ in range(epochs) for batch in torch.split(torch.randperm(len(digits.labels)), 128)]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=len(batches))
     with steps(f"training a ViT, seed {seed}", len(batches)) as step:
         for batch in batches:
@@ -113,10 +121,12 @@ def train_vit(folder: Path, digits: Digits, seed: int, epochs: int) -> None:
 
 
 @torch.no_grad()
-def vit_loss(folder: Path, digits: Digits) -> float:
-    """Cross-entropy of a stored ViT, upcycled or not, in nats an image."""
-    model = AutoModelForImageClassification.from_pretrained(folder).eval()
-    return float(functional.cross_entropy(model(pixel_values=digits.images).logits, digits.labels))
+def vit_loss(folder: Path, digits: Digits) -> tuple[float, float]:
+    """Cross-entropy of a stored ViT, upcycled or not, in nats an image, and the share of tokens without an expert."""
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    logits = model(pixel_values=digits.images).logits
+    shares = [float(layer.routing.uncovered) for layer in mixtures(model).values() if layer.routing is not None]
+    return float(functional.cross_entropy(logits, digits.labels)), sum(shares) / max(1, len(shares))
 
 
 def train_llama(folder: Path, seed: int, count: int) -> list[str]:
@@ -134,10 +144,8 @@ def train_llama(folder: Path, seed: int, count: int) -> list[str]:
 
 def llama_loss(folder: Path, texts: Sequence[str]) -> float:
     """Loss of a stored language model, upcycled or not, in nats a token."""
-    from transformers import AutoTokenizer
-
-    tokens = encode(AutoTokenizer.from_pretrained(folder), texts)
-    return evaluate(AutoModelForCausalLM.from_pretrained(folder).eval(), tokens).nats_per_token
+    tokens = encode(PreTrainedTokenizerFast.from_pretrained(folder), texts)
+    return evaluate(AutoModelForCausalLM.from_pretrained(folder), tokens).nats_per_token
 
 
 def upcycled(dense: Path, output: Path, routing: Routing, experts: int, layers: int, seed: int) -> Path:
@@ -164,12 +172,12 @@ def measure_vit(folder: Path, seed: int, epochs: int, routings: Sequence[Routing
     learn, test = noisy_digits(seed)
     dense = folder / f"vit-{seed}"
     train_vit(dense, learn, seed, epochs)
-    before = vit_loss(dense, test)
+    before, _ = vit_loss(dense, test)
     found = []
     for routing in routings:
         for experts, layers in grid():
-            loss = vit_loss(upcycled(dense, folder / "moe", routing, experts, layers, seed), test)
-            found.append(Point("ViT", seed, routing, experts, layers, loss, before))
+            loss, uncovered = vit_loss(upcycled(dense, folder / "moe", routing, experts, layers, seed), test)
+            found.append(Point("ViT", seed, routing, experts, layers, loss, before, uncovered))
     return found
 
 
@@ -197,13 +205,16 @@ def show(points: Sequence[Point]) -> None:
     for model in dict.fromkeys(point.model for point in points):
         own = [point for point in points if point.model == model]
         dense = np.mean([point.dense for point in own])
-        heading(f"{model}: growth of the loss in nats, from {dense:.3f} before; mean of {len(seeds_of(own))} seeds")
+        seeds = len(seeds_of(own))
+        heading(f"{model}: growth of the loss in nats, from {dense:.3f} before, by experts and layers; {seeds} seeds")
         table = Table(box=None, pad_edge=False)
-        for name in ("router", "C or K", "weights", *(f"E={e}, 2 layers" for e in EXPERTS), "E=8, 1", "E=8, 4"):
+        columns = (f"E={experts}, {layers}" for experts, layers in grid())
+        for name in ("router", "C or K", "weights", *columns, "uncovered"):
             table.add_column(name, justify="left" if name in ("router", "weights") else "right")
         for routing in dict.fromkeys(point.routing for point in own):
             cells = [f"{mean_drop(own, routing, experts, layers):+.4f}" for experts, layers in grid()]
-            table.add_row(routing[0], str(routing[1]), routing[2], *cells)
+            uncovered = np.mean([point.uncovered for point in own if point.routing == routing])
+            table.add_row(routing[0], str(routing[1]), routing[2], *cells, f"{uncovered:.1%}")
         console.print(table)
 
 
@@ -221,20 +232,24 @@ def write(points: Sequence[Point], folder: Path) -> None:
     """Every point as CSV, and both models as a picture."""
     with open(folder / "drop.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("model", "seed", "router", "count", "weights", "experts", "layers", "loss", "dense"))
-        writer.writerows((p.model, p.seed, *p.routing, p.experts, p.layers, p.loss, p.dense) for p in points)
+        writer.writerow(
+            ("model", "seed", "router", "count", "weights", "experts", "layers", "loss", "dense", "uncovered")
+        )
+        writer.writerows(
+            (p.model, p.seed, *p.routing, p.experts, p.layers, p.loss, p.dense, p.uncovered) for p in points
+        )
     draw(points, folder / "drop.png")
 
 
 def draw(points: Sequence[Point], file: Path) -> None:
     """The growth of the loss against experts and against layers, a line to a routing."""
-    import matplotlib
+    import matplotlib as mpl
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
 
     kinds = list(dict.fromkeys(point.model for point in points))
-    figure, axes = pyplot.subplots(len(kinds), 2, figsize=(10, 4 * len(kinds)), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(kinds), 2, figsize=(10, 4 * len(kinds)), squeeze=False, layout="constrained")
     for row, model in zip(axes, kinds, strict=True):
         own = [point for point in points if point.model == model]
         for routing in dict.fromkeys(point.routing for point in own):
@@ -252,16 +267,18 @@ def draw(points: Sequence[Point], file: Path) -> None:
         row[1].set(title=f"{model}, 8 experts", xlabel="sparse layers", ylabel="growth of the loss")
         row[1].legend(fontsize=7)
     figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+    plt.close(figure)
 
 
 def main() -> None:
+    """Train, upcycle, measure, show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="models of each kind to train (default 3)")
     parser.add_argument("--quick", action="store_true", help="train less")
     parser.add_argument("--folder", type=Path, default=Path(".demo/upcycling"), help="where to work")
     given = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     shutil.rmtree(given.folder, ignore_errors=True)
     given.folder.mkdir(parents=True)
     points: list[Point] = []
