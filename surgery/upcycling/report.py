@@ -98,7 +98,8 @@ class UpcycleReport(Report):
         preserved: whether it is a theorem that the mixture is the dense function, to rounding.
         consumers: who loads it.
         preservation: the measured difference; None where it was not measured.
-        notes: what to know before training it.
+        notes: what to know before training it; why it was not measured, too, which depends on the computer and is not
+            in `surgery.json`.
     """
 
     source: str = ""

@@ -24,6 +24,7 @@ from surgery.upcycling.mixture import Mixture
 from surgery.upcycling.mlps import find_mlps
 from surgery.upcycling.options import UpcycleOptions
 from surgery.upcycling.planning import Upcycling, new_config, plan_upcycling
+from surgery.upcycling.preservation import Verification, arrange, measured
 from surgery.upcycling.report import StackReport, UpcycleReport
 from surgery.upcycling.seq2seq import SWITCH
 
@@ -33,8 +34,13 @@ def upcycle(
     output: str | os.PathLike[str] | None,
     options: UpcycleOptions,
     run_options: RunOptions,
+    verify: bool | None = None,
+    text: str | os.PathLike[str] | None = None,
 ) -> UpcycleReport:
-    """Write `checkpoint` as a mixture of experts at `output`; by default beside it, as `<name>-moe-<experts>x`."""
+    """Write `checkpoint` as a mixture of experts at `output`; by default beside it, as `<name>-moe-<experts>x`.
+
+    `verify` and `text` say whether and on what it is measured, see `preservation.arrange`.
+    """
     refuse_quantised(checkpoint)
     work = prepare(checkpoint, options)
     plan = plan_upcycling(work)
@@ -42,13 +48,18 @@ def upcycle(
     target = Path(output) if output is not None else default_output(checkpoint, work.mixtures)
     check_paths(target, inputs, run_options.overwrite)
     report = _report(work, plan, target, run_options)
+    verification = arrange(work, report.parameters, report.preserved, verify, text)
+    needed = verification.nbytes if isinstance(verification, Verification) else 0
+    report = replace(report, plan=replace(report.plan, peak_memory_bytes=max(needed, report.plan.peak_memory_bytes)))
     if run_options.dry_run:
-        return replace(report, dry_run=True)
+        notes = (*report.notes, *([verification] if isinstance(verification, str) and verification else []))
+        return replace(report, dry_run=True, notes=notes)
     with staged(target, plan, ("upcycle", options), run_options) as run:
         run.execute(plan, "upcycling")
         report = replace(report, resumed=run.resumed)
+        report, notes = measured(report, verification, run.staging.files, run_options.settings.progress)
         run.finish("upcycle", options, inputs, report.numbers())
-    return report
+    return replace(report, notes=(*report.notes, *notes))
 
 
 def prepare(checkpoint: Checkpoint, options: UpcycleOptions) -> Upcycling:
