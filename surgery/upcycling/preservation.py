@@ -333,7 +333,7 @@ def _compared(verification: Verification, dense: _Found, mixture: _Found) -> Pre
         raise IntegrityError(
             f"The mixture differs from the dense model by {report.relative:.2e} of its logits' norm (at most "
             f"{report.largest:.2e}) on {report.inputs}, where rounding explains {report.bound:.2e} at most; nothing "
-            "was written. The stored weights, this tool or transformers is at fault: please report it; --no-verify goes "
-            "without."
+            "was written. The stored weights, this tool or transformers is at fault: please report it; --no-verify "
+            "goes without."
         )
     return report

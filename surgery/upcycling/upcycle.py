@@ -19,6 +19,7 @@ from surgery.plan import Plan
 from surgery.provenance import Input
 from surgery.upcycling.advice import notes_on
 from surgery.upcycling.choice import choose_target, mixtures
+from surgery.upcycling.consumers import choices, who_loads_it
 from surgery.upcycling.dense_defaults import with_defaults
 from surgery.upcycling.mixture import Mixture
 from surgery.upcycling.mlps import find_mlps
@@ -112,7 +113,10 @@ def _report(work: Upcycling, plan: Plan, target: Path, run_options: RunOptions) 
         active=parameters - sum(_idle(mlp.parameters, mixture) for mlp, mixture in work.chosen),
         dense_parameters=work.checkpoint.parameters,
         nbytes=plan.layout.nbytes,
+        dense_bytes=work.checkpoint.nbytes,
         preserved=is_preserved(work),
+        consumers=who_loads_it(work, plan),
+        choices=choices(work),
         notes=notes_on(work),
     )
 
