@@ -76,6 +76,12 @@ def _own_code_in_vllm(checkpoint: Checkpoint) -> Iterator[str]:
         )
 
 
+@rule("vllm/encoder-decoder", REFUSED, "vLLM 0.32.0, model_executor/models/registry.py: it has none of these")
+def _encoder_decoder(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.architecture.startswith(("T5", "MT5", "M2M100", "NllbMoe", "SwitchTransformers")):
+        yield f"the architecture is {checkpoint.architecture!r}, an encoder-decoder that vLLM does not have"
+
+
 @rule("mlx/head", REFUSED, "mlx-lm 0.32.2, utils.py: load_model, whose models end in a language head")
 def _head(checkpoint: Checkpoint) -> Iterator[str]:
     known = checkpoint.model_type and _mlx_type(checkpoint) in MLX_MODEL_TYPES

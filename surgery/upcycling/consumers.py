@@ -68,7 +68,7 @@ _SMALL = 1 << 16
 
 
 def verdicts(work: Upcycling, plan: Plan | None = None) -> tuple[ConsumerReport, ...]:
-    """What each program makes of the output; a tokenizer that is not there is no fault of the format, so it is a warning."""
+    """What each program makes of the output; that the folder has no tokenizer is no more than a warning."""
     found = lint_checkpoint(planned_checkpoint(work, plan or plan_upcycling(work)), tuple(CONSUMERS.values()))
     reports = []
     for name, known_as in CONSUMERS.items():
@@ -133,9 +133,11 @@ def _changes(work: Upcycling) -> Iterator[dict[str, object]]:
     plain: dict[str, object] = {}
     if EXPERT_CHOICE in options.routers.values():
         plain |= {"router": "top-k", "capacity": None}
-    if not options.normalized:
+    if options.combine == "raw":
         plain["combine"] = "normalized"
-    targets: list[dict[str, object]] = [{"target": target.name} for target in targets_of(work.checkpoint.model_type)]
+    targets: list[dict[str, object]] = [
+        {"target": target.name} for target in targets_of(work.checkpoint.model_type) if target.automatic
+    ]
     automatic: list[dict[str, object]] = [] if options.target == "auto" else [{"target": "auto"}]
     if len(work.mixtures) == 1 and not any("=" in text for text in (options.layers, options.router)):
         yield from ([plain] if plain else [])

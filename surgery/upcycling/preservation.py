@@ -44,6 +44,8 @@ _UNIT_ROUNDOFF = 2.0**-24
 _SAFETY = 16
 # Positions whose logits are kept and compared: with a vocabulary of 150,000 that is 77 MB.
 _COMPARED = 128
+# What a process holds that has torch and transformers in it, and no model yet.
+_PROGRAM_BYTES = 600_000_000
 # Tokens in one pass at most, for the estimate of memory.
 _TOKENS = 512
 
@@ -136,7 +138,7 @@ def memory_needed(work: Upcycling, parameters: int) -> int:
     inner = max(mlp.inner for mlp in work.mlps)
     # Logits of a pass and their logarithms, those kept, and the widest layer with its copies for each expert's tokens.
     wide = 3 * (vocabulary if isinstance(vocabulary, int) else 0) + 16 * (hidden + inner)
-    return 4 * (max(parameters, work.checkpoint.parameters) + _TOKENS * wide)
+    return _PROGRAM_BYTES + 4 * (max(parameters, work.checkpoint.parameters) + _TOKENS * wide)
 
 
 def free_memory() -> int:

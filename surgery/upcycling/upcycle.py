@@ -17,7 +17,7 @@ from surgery.operation import RunOptions, check_paths, staged, summarise
 from surgery.pairing import refuse_quantised
 from surgery.plan import Plan
 from surgery.provenance import Input
-from surgery.upcycling.advice import notes_on
+from surgery.upcycling.advice import notes_on, notes_on_size
 from surgery.upcycling.choice import choose_target, mixtures
 from surgery.upcycling.consumers import choices, who_loads_it
 from surgery.upcycling.dense_defaults import with_defaults
@@ -88,6 +88,7 @@ def _report(work: Upcycling, plan: Plan, target: Path, run_options: RunOptions) 
     parameters = sum(prod(spec.shape) for spec in specs)
     architectures = new_config(work)["architectures"]
     assert isinstance(architectures, list)
+    other_layers = choices(work)
     return UpcycleReport(
         output=str(target),
         plan=summarise([plan], target, run_options.settings),
@@ -116,8 +117,8 @@ def _report(work: Upcycling, plan: Plan, target: Path, run_options: RunOptions) 
         dense_bytes=work.checkpoint.nbytes,
         preserved=is_preserved(work),
         consumers=who_loads_it(work, plan),
-        choices=choices(work),
-        notes=notes_on(work),
+        choices=other_layers,
+        notes=(*notes_on(work), *notes_on_size(plan.layout.nbytes, work.checkpoint.nbytes, other_layers)),
     )
 
 
