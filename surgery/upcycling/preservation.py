@@ -207,7 +207,8 @@ def measure(verification: Verification, output: Path, progress: Progress) -> Pre
     try:
         dense = _run(verification.dense, verification, InputError)
         progress.advance(sizes[0])
-        mixture = _run(output, verification, IntegrityError)
+        # The same inputs: which class reads a tokenizer's files depends on the model type beside them.
+        mixture = _run(output, verification, IntegrityError, dense.inputs)
         progress.advance(sizes[1])
     finally:
         progress.stop()
@@ -225,26 +226,39 @@ class _Found:
     Attributes:
         logits: [positions, outputs], float32, of the first of its `positions`.
         loss: the sum over the `tokens` that it foretells, in nats.
+        inputs: what it was run on.
     """
 
     logits: torch.Tensor
     positions: int
     loss: float
     tokens: int
-    described: str
+    inputs: Inputs
     loads: tuple[ExpertLoad, ...]
     unexpected: frozenset[str]
 
 
-def _run(folder: Path, verification: Verification, error: type[InputError | IntegrityError]) -> _Found:
-    """Load the model of a folder, run it, and let go of it; `error` is what a failure means."""
+def _run(
+    folder: Path,
+    verification: Verification,
+    error: type[InputError | IntegrityError],
+    inputs: Inputs | None = None,
+) -> _Found:
+    """Load the model of a folder, run it, and let go of it.
+
+    Args:
+        folder: of the model.
+        verification: what to run it on, unless `inputs` say.
+        error: what a failure means.
+        inputs: those of the model that it is compared with.
+    """
     from surgery.ops.running import inputs_of, load, quietly
     from surgery.upcycling.loads import Watch
 
     try:
         loaded = load(folder)
         _check_complete(loaded, folder, error)
-        inputs = inputs_of(loaded.model, folder, verification.text)
+        inputs = inputs or inputs_of(loaded.model, folder, verification.text)
         watch = Watch(loaded.model)
         with one_torch_thread(), quietly():
             logits, positions, loss, tokens = _passes(loaded.model, inputs)
@@ -257,7 +271,7 @@ def _run(folder: Path, verification: Verification, error: type[InputError | Inte
         raise error(
             f"{_name(folder, error)} cannot be run by transformers ({reason}); --no-verify goes without."
         ) from failure
-    found = _Found(logits, positions, loss, tokens, inputs.described, watch.loads(), loaded.unexpected)
+    found = _Found(logits, positions, loss, tokens, inputs, watch.loads(), loaded.unexpected)
     del loaded, watch
     gc.collect()  # of two models one is in memory at a time
     return found
@@ -322,7 +336,7 @@ def _compared(verification: Verification, dense: _Found, mixture: _Found) -> Pre
     distance = float(difference.norm())
     positions, has_loss = len(left), verification.text is not None and dense.tokens > 0
     report = PreservationReport(
-        inputs=dense.described + (f", logits at the first {positions}" if dense.positions > positions else ""),
+        inputs=dense.inputs.described + (f", logits at the first {positions}" if dense.positions > positions else ""),
         largest=float(difference.abs().max()),
         relative=distance / norm if norm else float(distance > 0),
         agreement=float((left.argmax(-1) == right.argmax(-1)).double().mean()),
