@@ -72,6 +72,12 @@ Examples:
 @click.option("--target", default="auto", show_default=True, metavar="TYPE", help="Model type to write.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of routers, noise and redrawn weights.")
 @click.option("--shard-size", "shard_bytes", type=Size(least=LEAST_SHARD), help="Largest weight file.  [default: 5GB]")
+@click.option(
+    "--verify/--no-verify",
+    default=None,
+    help="Measure the difference from the dense model with transformers.  [default: if both fit in memory]",
+)
+@click.option("--text", type=click.Path(), metavar="FILE", help="Measure the loss on a text, too.")
 @writing_beside("CHECKPOINT-moe-Ex")
 def upcycle(checkpoint: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Make a mixture of experts of a dense checkpoint.

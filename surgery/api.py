@@ -278,6 +278,9 @@ def upcycle(
             target: the model type to write; `auto` by default.
             seed: of everything random.
             shard_bytes: split the weights into files of at most this many bytes; 5 GB by default.
+            verify: measure the difference from the dense model; by default where transformers is installed and both
+                models, one after the other, fit into half of the free memory.
+            text: a file to measure the loss on, too.
             overwrite: replace an existing output.
             dry_run: plan and check everything, write nothing.
             threads: tensors at a time.
@@ -290,7 +293,8 @@ def upcycle(
 
     _check_keywords("upcycle", keywords, UpcycleKeywords)
     run, options = _split(keywords)
-    return run_upcycle(resolve_checkpoint(checkpoint), output, UpcycleOptions(**options), run)
+    measured = options.pop("verify", None), options.pop("text", None)
+    return run_upcycle(resolve_checkpoint(checkpoint), output, UpcycleOptions(**options), run, *measured)
 
 
 def _resolved(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ class UpcycleKeywords(HashingKeywords, total=False):
     target: str
     seed: int
     shard_bytes: int | None
+    verify: bool | None
+    text: str | os.PathLike[str] | None
 
 
 class VerifyKeywords(TypedDict, total=False):

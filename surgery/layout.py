@@ -77,10 +77,13 @@ def single_file(name: str, specs: Iterable[TensorSpec], metadata: Mapping[str, s
 def split(specs: Sequence[TensorSpec], stem: str = "model", shard_bytes: int = DEFAULT_SHARD_BYTES) -> Layout:
     """Fill shards of at most `shard_bytes` (a larger tensor has one to itself) in natural order of names."""
     shards: list[list[TensorSpec]] = [[]]
+    filled = 0
     for spec in sorted(specs, key=lambda s: natural_key(s.name)):
-        if shards[-1] and sum(s.nbytes for s in shards[-1]) + spec.nbytes > shard_bytes:
+        if shards[-1] and filled + spec.nbytes > shard_bytes:
             shards.append([])
+            filled = 0
         shards[-1].append(spec)
+        filled += spec.nbytes
     if len(shards) == 1:
         return single_file(f"{stem}.safetensors", shards[0])
     names = [f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]

@@ -129,9 +129,9 @@ def is_linear(name: str) -> bool:
 
 def inputs(model: Any, seed: int = 0) -> dict[str, torch.Tensor]:
     """Inputs that a model of any of these families takes."""
-    from surgery.ops.verify import _random_inputs
+    from surgery.ops.running import random_inputs
 
-    return _random_inputs(model, seed)[0]
+    return random_inputs(model, seed)[0]
 
 
 @torch.no_grad()

@@ -126,7 +126,7 @@ def lint(
         consumers: which, of `CONSUMERS`.
         base: the model of an adapter, for the rules that depend on it.
     """
-    from surgery.ops import lint_adapters, lint_checkpoints, lint_servers
+    from surgery.ops import lint_adapters, lint_servers
     from surgery.ops.lint_subject import AdapterFiles
 
     check_consumers(consumers)
@@ -135,10 +135,15 @@ def lint(
         adapter = AdapterFiles(kind, files, base)
         rules = [*lint_adapters.rule.all, *lint_servers.rule.all]
         return _report(files.label, "adapter", kind, adapter, rules, consumers)
-    checkpoint = open_checkpoint(place) if isinstance(place, Path) else read_checkpoint(place)
-    return _report(
-        checkpoint.label, "checkpoint", checkpoint.model_type, checkpoint, lint_checkpoints.rule.all, consumers
-    )
+    return lint_checkpoint(open_checkpoint(place) if isinstance(place, Path) else read_checkpoint(place), consumers)
+
+
+def lint_checkpoint(checkpoint: Checkpoint, consumers: Sequence[str]) -> LintReport:
+    """Try the rules on a checkpoint that is open, or only planned."""
+    from surgery.ops import lint_checkpoints
+
+    rules = lint_checkpoints.rule.all
+    return _report(checkpoint.label, "checkpoint", checkpoint.model_type, checkpoint, rules, consumers)
 
 
 def check_consumers(consumers: Sequence[str]) -> None:

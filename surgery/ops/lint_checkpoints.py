@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from surgery.checkpoint import Checkpoint, StoredTensor
 from surgery.families import part_of
 from surgery.hashing import hash_tensor
+from surgery.moe_families import MODEL_TYPE_PREFIX
 from surgery.names import expert_of, layer_of
 from surgery.ops.lint import REFUSED, SILENT, WARNING, Rules, some
 from surgery.ops.lint_tables import (
@@ -50,6 +51,42 @@ def _config(checkpoint: Checkpoint) -> Iterator[str]:
 def _architectures(checkpoint: Checkpoint) -> Iterator[str]:
     if checkpoint.model_type and not checkpoint.architecture:
         yield "config.json names no class in 'architectures', expected one such as 'LlamaForCausalLM'"
+
+
+@rule(
+    "peft/own-code",
+    WARNING,
+    "transformers 5.23, dynamic_module_utils.py: resolve_trust_remote_code",
+    "import surgery.moe",
+)
+def _own_code(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.model_type.startswith(MODEL_TYPE_PREFIX) and "auto_map" in checkpoint.config:
+        yield (
+            "its code travels with it: it needs trust_remote_code=True, or the line `import surgery.moe`, which "
+            "registers the same classes"
+        )
+
+
+@rule("vllm/own-code", REFUSED, "vLLM 0.32.0, transformers_utils/config.py: get_config; with the option it was not run")
+def _own_code_in_vllm(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.model_type.startswith(MODEL_TYPE_PREFIX) and "auto_map" in checkpoint.config:
+        yield (
+            f"the model type is {checkpoint.model_type!r}, which vLLM does not have, and it runs a checkpoint's own "
+            "code only with --trust-remote-code"
+        )
+
+
+@rule("vllm/encoder-decoder", REFUSED, "vLLM 0.32.0, model_executor/models/registry.py: it has none of these")
+def _encoder_decoder(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.architecture.startswith(("T5", "MT5", "M2M100", "NllbMoe", "SwitchTransformers")):
+        yield f"the architecture is {checkpoint.architecture!r}, an encoder-decoder that vLLM does not have"
+
+
+@rule("mlx/head", REFUSED, "mlx-lm 0.32.2, utils.py: load_model, whose models end in a language head")
+def _head(checkpoint: Checkpoint) -> Iterator[str]:
+    known = checkpoint.model_type and _mlx_type(checkpoint) in MLX_MODEL_TYPES
+    if known and checkpoint.architecture.endswith(("Classification", "QuestionAnswering")):
+        yield f"the architecture is {checkpoint.architecture!r}, whose head no model of mlx-lm has"
 
 
 @rule(

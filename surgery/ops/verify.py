@@ -5,26 +5,21 @@ Only `compare_logits` runs a model, with transformers, in float32.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint import Checkpoint
-from surgery.errors import InputError, MissingExtraError
+from surgery.errors import InputError
 from surgery.execute import Settings, execute
 from surgery.hashing import HashBook, hash_tensor
 from surgery.ops.factor import CompareStep
+from surgery.ops.running import first_output, load, quietly, random_inputs
 from surgery.pairing import TensorPair
 from surgery.plan import Plan
 from surgery.provenance import FILE_NAME, hash_files, read_provenance
 from surgery.writer import NullStaging
-
-if TYPE_CHECKING:
-    import torch
-
 
 # A card is for people, who edit it, and `push` writes a section into it: neither changes what the output is.
 _CARD = "README.md"
@@ -213,11 +208,10 @@ def compare_logits(left: Path, right: Path, seed: int = 0) -> LogitReport:
     outputs = []
     described = ""
     for path in (left, right):
-        with _no_bars():
-            model = _load(path)
-        inputs, described = _random_inputs(model, seed)
-        with torch.no_grad():
-            outputs.append(_first_output(model(**inputs)).to(torch.float64))
+        model = load(path).model
+        inputs, described = random_inputs(model, seed)
+        with torch.no_grad(), quietly():
+            outputs.append(first_output(model(**inputs)).to(torch.float64))
         del model
     if outputs[0].shape != outputs[1].shape:
         raise InputError(
@@ -231,75 +225,3 @@ def compare_logits(left: Path, right: Path, seed: int = 0) -> LogitReport:
         relative=float(difference.norm()) / norm if norm else math.inf,
         agreement=float((outputs[0].argmax(-1) == outputs[1].argmax(-1)).double().mean()),
     )
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtraError("transformers", "train") from error
-    return transformers
-
-
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Keep transformers from drawing progress bars of its own for a while."""
-    logging = _transformers().utils.logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _load(path: Path) -> Any:
-    """The model of a checkpoint folder, as the transformers class that its config names."""
-    import torch
-
-    transformers = _transformers()
-    from surgery.moe import modeling_upcycled  # this also makes AutoConfig know the upcycled types
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(f"{path} cannot be run: transformers has no model for its config ({reason}).") from error
-    names = getattr(config, "architectures", None) or []
-    homes = (transformers, modeling_upcycled)
-    cls = next((getattr(home, names[0]) for home in homes if names and hasattr(home, names[0])), None)
-    if cls is None:
-        raise InputError(f"{path} names no class of transformers in its config, so it cannot be run.")
-    return cls.from_pretrained(path, dtype=torch.float32).eval()
-
-
-def _random_inputs(model: Any, seed: int) -> tuple[dict[str, torch.Tensor], str]:
-    """Seeded inputs for a model of text or of images."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    config = model.config
-    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (2, config.num_channels, height, width)
-        return {"pixel_values": torch.randn(shape, generator=generator)}, "2 random images"
-    text = config.get_text_config()
-    # Half of the positions: RoBERTa and its like number theirs from the padding token on.
-    length = min(64, (getattr(text, "max_position_embeddings", None) or 128) // 2)
-    tokens = torch.randint(0, text.vocab_size, (2, length), generator=generator)
-    inputs = {"input_ids": tokens}
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = tokens
-    return inputs, f"2 sequences of {length} random tokens"
-
-
-def _first_output(output: object) -> torch.Tensor:
-    """Logits where there are any, else the last hidden state."""
-    for name in ("logits", "last_hidden_state"):
-        value = getattr(output, name, None)
-        if value is not None:
-            found: torch.Tensor = value
-            return found
-    raise InputError("The model gives neither logits nor hidden states.")

@@ -48,6 +48,25 @@ class ConsumerReport:
 
 
 @dataclass(frozen=True)
+class ChoiceReport:
+    """What another choice of layers would give.
+
+    Attributes:
+        layers: what to give as `--layers`.
+        sparse: how many layers it makes sparse.
+        target: the model type that would be written.
+        nbytes: of its weight files.
+        verdicts: consumer to verdict, as in `ConsumerReport`.
+    """
+
+    layers: str
+    sparse: int
+    target: str
+    nbytes: int
+    verdicts: dict[str, str]
+
+
+@dataclass(frozen=True)
 class ExpertLoad:
     """Where the tokens of the verification went, in one layer: shares of all choices, one to an expert."""
 
@@ -95,10 +114,14 @@ class UpcycleReport(Report):
         active: of those, the ones a token meets.
         dense_parameters: of the dense model.
         nbytes: of the weight files.
+        dense_bytes: of the dense model's.
         preserved: whether it is a theorem that the mixture is the dense function, to rounding.
         consumers: who loads it.
+        choices: what was asked for, beside the paper's choice of layers and all of them; empty where that is the same,
+            or the model has two stacks.
         preservation: the measured difference; None where it was not measured.
-        notes: what to know before training it.
+        notes: what to know before training it; why it was not measured, too, which depends on the computer and is not
+            in `surgery.json`.
     """
 
     source: str = ""
@@ -111,7 +134,9 @@ class UpcycleReport(Report):
     active: int = 0
     dense_parameters: int = 0
     nbytes: int = 0
+    dense_bytes: int = 0
     preserved: bool = False
     consumers: tuple[ConsumerReport, ...] = ()
+    choices: tuple[ChoiceReport, ...] = ()
     preservation: PreservationReport | None = None
     notes: tuple[str, ...] = ()

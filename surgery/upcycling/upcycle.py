@@ -17,13 +17,15 @@ from surgery.operation import RunOptions, check_paths, staged, summarise
 from surgery.pairing import refuse_quantised
 from surgery.plan import Plan
 from surgery.provenance import Input
-from surgery.upcycling.advice import notes_on
+from surgery.upcycling.advice import notes_on, notes_on_size
 from surgery.upcycling.choice import choose_target, mixtures
+from surgery.upcycling.consumers import choices, who_loads_it
 from surgery.upcycling.dense_defaults import with_defaults
 from surgery.upcycling.mixture import Mixture
 from surgery.upcycling.mlps import find_mlps
 from surgery.upcycling.options import UpcycleOptions
 from surgery.upcycling.planning import Upcycling, new_config, plan_upcycling
+from surgery.upcycling.preservation import Verification, arrange, measured
 from surgery.upcycling.report import StackReport, UpcycleReport
 from surgery.upcycling.seq2seq import SWITCH
 
@@ -33,8 +35,13 @@ def upcycle(
     output: str | os.PathLike[str] | None,
     options: UpcycleOptions,
     run_options: RunOptions,
+    verify: bool | None = None,
+    text: str | os.PathLike[str] | None = None,
 ) -> UpcycleReport:
-    """Write `checkpoint` as a mixture of experts at `output`; by default beside it, as `<name>-moe-<experts>x`."""
+    """Write `checkpoint` as a mixture of experts at `output`; by default beside it, as `<name>-moe-<experts>x`.
+
+    `verify` and `text` say whether and on what it is measured, see `preservation.arrange`.
+    """
     refuse_quantised(checkpoint)
     work = prepare(checkpoint, options)
     plan = plan_upcycling(work)
@@ -42,13 +49,18 @@ def upcycle(
     target = Path(output) if output is not None else default_output(checkpoint, work.mixtures)
     check_paths(target, inputs, run_options.overwrite)
     report = _report(work, plan, target, run_options)
+    verification = arrange(work, report.parameters, report.preserved, verify, text)
+    needed = verification.nbytes if isinstance(verification, Verification) else 0
+    report = replace(report, plan=replace(report.plan, peak_memory_bytes=max(needed, report.plan.peak_memory_bytes)))
     if run_options.dry_run:
-        return replace(report, dry_run=True)
+        notes = (*report.notes, *([verification] if isinstance(verification, str) and verification else []))
+        return replace(report, dry_run=True, notes=notes)
     with staged(target, plan, ("upcycle", options), run_options) as run:
         run.execute(plan, "upcycling")
         report = replace(report, resumed=run.resumed)
+        report, notes = measured(report, verification, run.staging.files, run_options.settings.progress)
         run.finish("upcycle", options, inputs, report.numbers())
-    return report
+    return replace(report, notes=(*report.notes, *notes))
 
 
 def prepare(checkpoint: Checkpoint, options: UpcycleOptions) -> Upcycling:
@@ -76,6 +88,7 @@ def _report(work: Upcycling, plan: Plan, target: Path, run_options: RunOptions) 
     parameters = sum(prod(spec.shape) for spec in specs)
     architectures = new_config(work)["architectures"]
     assert isinstance(architectures, list)
+    other_layers = choices(work)
     return UpcycleReport(
         output=str(target),
         plan=summarise([plan], target, run_options.settings),
@@ -101,8 +114,11 @@ def _report(work: Upcycling, plan: Plan, target: Path, run_options: RunOptions) 
         active=parameters - sum(_idle(mlp.parameters, mixture) for mlp, mixture in work.chosen),
         dense_parameters=work.checkpoint.parameters,
         nbytes=plan.layout.nbytes,
+        dense_bytes=work.checkpoint.nbytes,
         preserved=is_preserved(work),
-        notes=notes_on(work),
+        consumers=who_loads_it(work, plan),
+        choices=other_layers,
+        notes=(*notes_on(work), *notes_on_size(plan.layout.nbytes, work.checkpoint.nbytes, other_layers)),
     )
 
 

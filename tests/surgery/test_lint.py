@@ -397,6 +397,12 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], set[str]]] = {
     "qwen3_moe": (checkpoint("qwen3_moe"), {"mlx/config-fields"}),
     "top-k": (checkpoint("qwen3_moe", norm_topk_prob=False), {"llama.cpp/top-k"}),
     "gpt2": (checkpoint("gpt2"), {"llama.cpp/n-ctx"}),
+    "own code": (
+        checkpoint(model_type="upcycled_llama", auto_map={"AutoConfig": "a.B"}),
+        {"peft/own-code", "vllm/own-code"},
+    ),
+    "encoder-decoder": (checkpoint("t5"), {"vllm/encoder-decoder"}),
+    "head": (checkpoint(architectures=["LlamaForSequenceClassification"]), {"mlx/head"}),
     "float64": (checkpoint(tensors={"model.norm.weight": torch.ones(32, dtype=torch.float64)}), {"mlx/dtypes"}),
     "theta": (
         checkpoint("mixtral", rope_parameters={"rope_theta": 5e5, "rope_type": "default"}),

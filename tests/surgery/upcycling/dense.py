@@ -129,9 +129,9 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 def inputs(model: Any) -> dict[str, torch.Tensor]:
     """What a model takes, seeded."""
-    from surgery.ops.verify import _random_inputs
+    from surgery.ops.running import random_inputs
 
-    return _random_inputs(model, 0)[0]
+    return random_inputs(model, 0)[0]
 
 
 @torch.no_grad()
