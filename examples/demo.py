@@ -3,8 +3,8 @@
 A small Llama is trained on the source of the standard library and then, in full, on the reference manual that `help()`
 quotes from. From there on everything is done to the two stored checkpoints, with the commands that are shown. Adapters
 of several ranks are extracted; one is merged, and taken out again to the bit; one is kept with a record of all that it
-lacks, and gives the fine-tune back; two are combined; one is checked, pushed and pulled. The loss on pages that no
-model has seen says what each adapter kept of the fine-tune.
+lacks, and gives the fine-tune back; two are combined; one is checked, pushed and pulled; the fine-tune becomes a
+mixture of eight experts. The loss on pages that no model has seen says what each of them kept of the fine-tune.
 
 Run it with `make demo`. Everything it writes goes to `.demo/`, and is written anew each time.
 """
@@ -38,7 +38,7 @@ from tiny_models import (
     python_source,
     train,
 )
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 # The fine-tune moved the embeddings and the head as well, so they get factors too.
 EVERYTHING = "all-linear,embeddings,head"
@@ -79,7 +79,7 @@ QUICK = Scale(
 MERGED_RANK = 16
 _MADE = (
     "base", "tuned", "merged", "restored", "linear-only", "budget", "exact", "tuned-again", "half-and-half", "resized",
-    "pulled", "registry",
+    "pulled", "registry", "mixture", "dense-again",
 )  # fmt: skip
 
 
@@ -106,6 +106,7 @@ def main() -> None:
     keep_all_of_it()
     combine_and_resize(scale)
     share()
+    upcycle_it()
     compare_losses(scale, pages)
 
 
@@ -192,6 +193,15 @@ def share() -> None:
     console.print("\nThe last table measures it as PEFT loads it from there.")
 
 
+def upcycle_it() -> None:
+    """Eight experts for each MLP, and one MLP again: while nobody trains the mixture, it is the dense model."""
+    heading("The fine-tune as a mixture of experts")
+    command("upcycle tuned --experts 8 -o mixture")
+    command("dense mixture -o dense-again --quiet")
+    command("verify tuned dense-again")
+    console.print("\nThe last table measures the mixture as transformers loads it.")
+
+
 def compare_losses(scale: Scale, pages: Tokens) -> None:
     """Measure every model on the held-out pages: adapters as PEFT loads them, `merged` as transformers does."""
     heading("What each of them knows of the manual")
@@ -204,10 +214,10 @@ def compare_losses(scale: Scale, pages: Tokens) -> None:
         f"rank {MERGED_RANK}, pulled": "pulled",
     }
     found: dict[str, Loss] = {}
-    names = ["base", *adapters.values(), "merged", "tuned"]
+    names = ["base", *adapters.values(), "merged", "tuned", "mixture"]
     with steps("measuring", len(names)) as step:
         for name in names:
-            found[name] = evaluate(_with_adapter(name) if name in adapters.values() else _load(name), pages)
+            found[name] = evaluate(_with_adapter(name) if name in adapters.values() else _load_any(name), pages)
             step(f"{name}: {_words(found[name])}")
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -228,6 +238,7 @@ def compare_losses(scale: Scale, pages: Tokens) -> None:
         add(f"base + {label}", name, report.nbytes, error)
     add(f"rank {MERGED_RANK} merged, in bfloat16", "merged", _weight_bytes("merged"), "")
     add("tuned", "tuned", _weight_bytes("tuned"), "")
+    add("tuned, as a mixture of 8 experts", "mixture", _weight_bytes("mixture"), "")
     console.print()
     console.print(table)
     console.print()
@@ -257,6 +268,13 @@ def _save(model: LlamaForCausalLM, name: str) -> None:
 
 def _load(name: str) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(name, dtype=torch.float32)
+
+
+def _load_any(name: str) -> torch.nn.Module:
+    """As the class that its config names: the mixture is no Llama any more."""
+    loaded = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    assert isinstance(loaded, torch.nn.Module)
+    return loaded
 
 
 def _with_adapter(name: str) -> torch.nn.Module:
