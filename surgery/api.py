@@ -116,8 +116,8 @@ def extract(
             progress: told about the bytes as they pass.
     """
     from surgery.hub.resolve import resolve_checkpoint
-    from surgery.ops.extract import ExtractOptions
     from surgery.ops.extract import extract as run_extract
+    from surgery.ops.extract_options import ExtractOptions
 
     _check_keywords("extract", keywords, ExtractKeywords)
     run, options = _split({"device": "auto", **keywords})

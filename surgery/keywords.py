@@ -38,7 +38,7 @@ class RunKeywords(HashingKeywords, total=False):
 
 
 class ExtractKeywords(RunKeywords, total=False):
-    """What to extract, see `surgery.ops.extract.ExtractOptions`, and how to run."""
+    """What to extract, see `surgery.ops.extract_options.ExtractOptions`, and how to run."""
 
     rank: int | str | None
     energy: float | None

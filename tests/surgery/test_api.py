@@ -28,7 +28,7 @@ from surgery.keywords import (
 )
 from surgery.ops.combine import CombineOptions
 from surgery.ops.convert import ConvertOptions
-from surgery.ops.extract import ExtractOptions
+from surgery.ops.extract_options import ExtractOptions
 from surgery.ops.merge import MergeOptions
 from tests.tools import square_adapter, square_checkpoint
 
