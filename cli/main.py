@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "combine": ("surgery.cli.algebra:combine", "Combine adapters into one."),
     "resize": ("surgery.cli.algebra:resize", "Bring an adapter to another rank."),
     "upcycle": ("surgery.cli.mixtures:upcycle", "Make a mixture of experts of a dense checkpoint."),
+    "dense": ("surgery.cli.mixtures:dense", "Make a dense checkpoint of a mixture of experts."),
     "verify": ("surgery.cli.look:verify", "Check an output against its provenance, or compare two checkpoints."),
     "push": ("surgery.cli.hub:push", "Check a model or an adapter and commit it to a registry."),
     "pull": ("surgery.cli.hub:pull", "Fetch a model or an adapter from a registry into a folder."),

@@ -1,4 +1,4 @@
-"""Commands on mixtures of experts: upcycle."""
+"""Commands on mixtures of experts: upcycle and dense."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 import surgery
-from surgery.cli.options import LEAST_SHARD, Size, writing_beside
+from surgery.cli.options import LEAST_SHARD, Size, writing, writing_beside
 from surgery.cli.progress import make_progress
 
 
@@ -17,6 +17,8 @@ Examples:
   surgery upcycle model --experts 32
   surgery upcycle model --experts 8 --layers last:half -o moe
   surgery upcycle model --experts 64 --init granular:8 --top-k 16
+  surgery upcycle model --init adapters:code,math=0.5,chat --router-init hidden:prompts.jsonl
+  surgery upcycle moe-of-32 --experts 64   # a larger mixture, the same function
   surgery upcycle vit --experts 32 --router expert-choice --capacity 2 --combine raw   # the paper's vision recipe"""
 )
 @click.argument("checkpoint", metavar="CHECKPOINT", type=click.Path())
@@ -59,6 +61,7 @@ Examples:
     type=click.Choice(["average", "first", "base"]),
     help="Everything but the experts of several models.  [default: average; base for adapters]",
 )
+@click.option("--any-base", is_flag=True, help="Take adapters even if hashes prove that they are for another base.")
 @click.option(
     "--router-init", default="normal:0.02", show_default=True, help="normal:STD, zeros, or hidden:PROMPTS.jsonl."
 )
@@ -88,4 +91,30 @@ def upcycle(checkpoint: str, as_json: bool, quiet: bool, **options: Any) -> None
     from surgery.cli import render
 
     report = surgery.upcycle(checkpoint, progress=make_progress(quiet), **options)
+    render.present(report, as_json, quiet)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  surgery dense model-moe-8x -o model-again   # the very bits, if nobody has trained it
+  surgery dense moe -o dense --expert 3
+  surgery dense moe -o dense --average --to mistral"""
+)
+@click.argument("checkpoint", metavar="CHECKPOINT", type=click.Path())
+@click.option("--expert", type=click.IntRange(0), help="Expert to take.  [default: the first, if all are the same]")
+@click.option("--average", is_flag=True, help="Take the mean of all experts.")
+@click.option("--to", metavar="TYPE", help="Dense model type.  [default: as on record, else the first that fits]")
+@click.option("--drop-shared", is_flag=True, help="Leave out a shared expert that is not silent.")
+@click.option("--shard-size", "shard_bytes", type=Size(least=LEAST_SHARD), help="Largest weight file.  [default: 5GB]")
+@writing
+def dense(checkpoint: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Make a dense checkpoint of a mixture of experts.
+
+    Every mixture becomes one MLP: the one that all its experts are, one of them, or their mean. Routers and what else a
+    dense model has no place for are left out, and the report says so.
+    """
+    from surgery.cli import render
+
+    report = surgery.dense(checkpoint, progress=make_progress(quiet), **options)
     render.present(report, as_json, quiet)

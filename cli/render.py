@@ -9,6 +9,7 @@ from rich.console import Console
 
 from surgery.cli.render_adapters import extraction, merged, restored
 from surgery.cli.render_algebra import combination
+from surgery.cli.render_dense import downcycled
 from surgery.cli.render_exchange import converted, linted
 from surgery.cli.render_look import adapter, checkpoint, compared, verified
 from surgery.cli.render_mixtures import upcycled
@@ -21,6 +22,7 @@ DRAWINGS: dict[str, Callable[[Console, Any, bool], None]] = {
     "CombineReport": combination,
     "CompareReport": compared,
     "ConvertReport": converted,
+    "DenseReport": downcycled,
     "ExtractReport": extraction,
     "LintReport": linted,
     "MergeReport": merged,

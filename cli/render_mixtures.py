@@ -53,11 +53,25 @@ def _facts(report: UpcycleReport) -> Iterator[tuple[str, str]]:
     for stack in report.stacks:
         yield stack.stack, _stack(stack)
     yield "experts from", report.init
+    yield from _several(report)
     yield "router from", report.router_init
     yield "function", "kept by construction" if report.preserved else "changed"
     if report.preservation is not None:
         yield from _measured(report.preservation)
     yield from resumed(report.resumed)
+
+
+def _several(report: UpcycleReport) -> list[tuple[str, str]]:
+    """What there is to say where experts come from several models."""
+    pairs = []
+    if report.rest is not None:
+        sources = {"average": "the mean of all", "first": "the first", "base": "the dense checkpoint"}
+        pairs.append(("the rest from", sources[report.rest]))
+    if report.left_out:
+        pairs.append(("left out", f"what the adapters change in {number(len(report.left_out))} other tensors"))
+    if report.survived is not None:
+        pairs.append(("of the change", f"{percent(max(0.0, report.survived))} survived the rounding"))
+    return pairs
 
 
 def _stack(stack: StackReport) -> str:

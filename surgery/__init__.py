@@ -11,6 +11,7 @@ Importing this imports neither torch nor numpy.
 from surgery.api import (
     combine,
     convert,
+    dense,
     extract,
     inspect,
     lint,
@@ -52,6 +53,7 @@ __all__ = [
     "__version__",
     "combine",
     "convert",
+    "dense",
     "extract",
     "inspect",
     "lint",

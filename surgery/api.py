@@ -17,6 +17,7 @@ from surgery.errors import OptionError
 from surgery.keywords import (
     CombineKeywords,
     ConvertKeywords,
+    DenseKeywords,
     ExtractKeywords,
     MergeKeywords,
     ResizeKeywords,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from surgery.ops.lint import LintReport
     from surgery.ops.verify import CompareReport, VerifyReport
     from surgery.reports import CombineReport, ConvertReport, ExtractReport, MergeReport, RestoreReport
-    from surgery.upcycling.report import UpcycleReport
+    from surgery.upcycling.report import DenseReport, UpcycleReport
 
     CheckpointLike = str | os.PathLike[str] | Checkpoint
     AdapterLike = str | os.PathLike[str] | tuple[str | os.PathLike[str], float] | Adapter
@@ -272,6 +273,7 @@ def upcycle(
             layers: `all` (the default), `last:N`, `last:half`, `every:N`, or a list such as `0,4-7`.
             init: `copy` (the default), `noise:STD`, `drop:RATIO`, `granular:G`, `from:A,B,...`, `adapters:A,B,...`.
             rest: with `from` and `adapters`, what becomes of everything else: `average`, `first` or `base`.
+            any_base: take adapters even if hashes prove that they were made for another base.
             router_init: `normal:STD`, `zeros`, or `hidden:PROMPTS.jsonl`; `normal:0.02` by default.
             shared_expert: add an expert that sees every token and starts out silent.
             combine: `normalized` (the default) or `raw`.
@@ -294,7 +296,53 @@ def upcycle(
     _check_keywords("upcycle", keywords, UpcycleKeywords)
     run, options = _split(keywords)
     measured = options.pop("verify", None), options.pop("text", None)
-    return run_upcycle(resolve_checkpoint(checkpoint), output, UpcycleOptions(**options), run, *measured)
+    chosen = UpcycleOptions(**options)
+    found = resolve_checkpoint(checkpoint)
+    sources = _sources(chosen.expert_init.kind, chosen.expert_init.paths)
+    return run_upcycle(found, output, chosen, run, *measured, sources)
+
+
+def _sources(kind: str, paths: Sequence[str]) -> list[Checkpoint] | list[Adapter]:
+    """Open what `--init from:` or `adapters:` names."""
+    from surgery.errors import InputError
+    from surgery.hub.resolve import is_adapter, resolve_adapter, resolve_checkpoint
+
+    if kind == "adapters":
+        return [resolve_adapter(path) for path in paths]
+    for path in paths:
+        if is_adapter(path):
+            raise InputError(f"{path} is an adapter; make experts of adapters with --init adapters:...")
+    return [resolve_checkpoint(path) for path in paths]
+
+
+def dense(
+    checkpoint: CheckpointLike, *, output: str | os.PathLike[str], **keywords: Unpack[DenseKeywords]
+) -> DenseReport:
+    """Write the dense model of a mixture of experts: what `upcycle` made, undone.
+
+    Args:
+        checkpoint: the mixture.
+        output: the folder to write.
+        **keywords:
+            expert: the one to take, from 0; by default the first, if all of a layer are the same.
+            average: take the mean of all instead.
+            to: the dense model type; by default what `surgery.json` has on record, or the first that fits.
+            drop_shared: leave out a shared expert that is not silent.
+            shard_bytes: split the weights into files of at most this many bytes; 5 GB by default.
+            overwrite: replace an existing output.
+            dry_run: plan and check everything, write nothing.
+            threads: tensors at a time.
+            hash: hash every tensor for `surgery.json`; True by default.
+            progress: told about the bytes as they pass.
+    """
+    from surgery.hub.resolve import resolve_checkpoint
+    from surgery.upcycling.downcycle import DenseOptions
+    from surgery.upcycling.downcycle import dense as run_dense
+
+    _check_keywords("dense", keywords, DenseKeywords)
+    run, options = _split(keywords)
+    chosen = DenseOptions(**options)
+    return run_dense(resolve_checkpoint(checkpoint), output, chosen, run)
 
 
 def _resolved(

@@ -265,6 +265,18 @@ class StepIO:
         self._advance(tensor.nbytes)
         return raw.view(tensor.dtype.to_torch).view(tensor.shape)
 
+    def read_range(self, tensor: StoredTensor, begin: int, end: int) -> bytearray:
+        """Bytes `begin` to `end` of a stored tensor, for a step that does without torch."""
+        raw = bytearray(end - begin)
+        tensor.source.read_into(tensor.offset + begin, memoryview(raw))
+        self._advance(len(raw))
+        return raw
+
+    def hash_if_wanted(self, tensor: StoredTensor) -> None:
+        """Hash a tensor that was read in ranges: a second reading, as of what is copied."""
+        if self._wants_hash(tensor):
+            self.hash(tensor)
+
     def shared(self, tensor: StoredTensor) -> torch.Tensor:
         """A whole stored tensor that other steps read as well; it must not be written to."""
         return self._cache.get(tensor, self.read)

@@ -117,6 +117,7 @@ class UpcycleKeywords(HashingKeywords, total=False):
     layers: str
     init: str
     rest: str | None
+    any_base: bool
     router_init: str
     shared_expert: bool
     combine: str | None
@@ -125,6 +126,16 @@ class UpcycleKeywords(HashingKeywords, total=False):
     shard_bytes: int | None
     verify: bool | None
     text: str | os.PathLike[str] | None
+
+
+class DenseKeywords(HashingKeywords, total=False):
+    """What to make of a mixture, see `surgery.upcycling.downcycle.DenseOptions`, and how to run."""
+
+    expert: int | None
+    average: bool
+    to: str | None
+    drop_shared: bool
+    shard_bytes: int | None
 
 
 class VerifyKeywords(TypedDict, total=False):

@@ -251,6 +251,43 @@ class _BlockReader:
         return self._current[1], block.begin
 
 
+class Adder:
+    """Adds contributions to a tensor whose rows come in order, as `WeightStep` does, and counts what rounding leaves.
+
+    Args:
+        io: reads the factors.
+        blocks: what to add, by rows.
+        dtype: of the result.
+    """
+
+    def __init__(self, io: StepIO, blocks: Sequence[Block], dtype: DType) -> None:
+        self._io, self._dtype = io, dtype
+        self._reader = _BlockReader(io, blocks, _arithmetic(dtype))
+        self._tally = _Tally()
+
+    def rows(self, tile: torch.Tensor, begin: int) -> torch.Tensor:
+        """The rows from `begin` on, rounded once: valid until the next call on this thread."""
+        dtype = self._dtype.to_torch
+        start = tile.to(self._io.device, dtype)
+        found, first = self._reader.at(begin)
+        if not found:
+            return start.cpu()
+        current = _wide(self._io, start)
+        space = _space(self._io, "delta", current, current.dtype)
+        merged, delta, _ = merge_tile(current, found, begin - first, begin - first + tile.shape[0], space)
+        rounded = _space(self._io, "rounded", merged, dtype).copy_(merged)
+        self._tally.add(start, merged, rounded, delta)
+        return rounded.cpu()
+
+    @property
+    def finite(self) -> bool:
+        return self._tally.finite
+
+    def report(self) -> dict[str, object]:
+        """`energy`, `lost`, `same` and `count`, as `WeightStep` reports them."""
+        return self._tally.report()
+
+
 class _Remover:
     """Takes contributions out of a merged tensor: to the bit with a record, in float32 without."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,18 @@ if TYPE_CHECKING:
 
 # The next rows of the dense matrix to the expert's, in float32 or in the dense dtype.
 Rows = Callable[["torch.Tensor"], "torch.Tensor"]
+
+
+class CountingRows(ABC):
+    """Rows that have something to say when all of them are made."""
+
+    @abstractmethod
+    def __call__(self, dense: torch.Tensor) -> torch.Tensor:
+        """The expert's rows for the next rows of the dense matrix."""
+
+    @abstractmethod
+    def finish(self) -> Mapping[str, object]:
+        """Check what was made; what there is to report, JSON values only."""
 
 
 def stream(seed: int, name: str) -> np.random.Generator:
@@ -55,6 +67,16 @@ class Recipe(ABC):
         """Bytes held beside the tiles."""
         return 0
 
+    @property
+    def whole(self) -> bool:
+        """Whether it must see the dense matrix in one piece."""
+        return False
+
+    @property
+    def drawn(self) -> bool:
+        """Whether it draws numbers, from a stream that is named after what is written: no two of its experts agree."""
+        return False
+
 
 @dataclass(frozen=True)
 class Same(Recipe):
@@ -77,6 +99,10 @@ class Noisy(Recipe):
     std: float
     relative: bool
     seed: int
+
+    @property
+    def drawn(self) -> bool:
+        return True
 
     def start(self, io: StepIO, name: str) -> Rows:
         import torch
@@ -113,6 +139,10 @@ class Redrawn(Recipe):
     @property
     def scratch(self) -> int:
         return self.source.nbytes
+
+    @property
+    def drawn(self) -> bool:
+        return True
 
     def start(self, io: StepIO, name: str) -> Rows:
         import torch
@@ -193,11 +223,24 @@ class ExpertsStep(Step):
         return _TILE_BYTES + max(recipe.scratch for _, recipe in self.made)
 
     def run(self, io: StepIO) -> StepResult:
-        starts = [(spec, recipe.start(io, spec.name)) for spec, recipe in self.made]
-        for begin, _, (dense,) in io.chunks(self.source):
-            for spec, rows in starts:
-                io.write(spec, begin, _rounded(rows(dense), spec))
-        return StepResult()
+        starts = [(specs, recipe.start(io, specs[0].name)) for specs, recipe in self._together()]
+        for begin, _, (dense,) in io.chunks(self.source, whole=any(recipe.whole for _, recipe in self.made)):
+            for specs, rows in starts:
+                made = _rounded(rows(dense), specs[0])
+                for spec in specs:
+                    io.write(spec, begin, made)
+        return StepResult({specs[0].name: rows.finish() for specs, rows in starts if isinstance(rows, CountingRows)})
+
+    def _together(self) -> list[tuple[list[TensorSpec], Recipe]]:
+        """Recipes with the outputs that each of them makes: experts that are alike are computed once."""
+        found: list[tuple[list[TensorSpec], Recipe]] = []
+        for spec, recipe in self.made:
+            known = next((specs for specs, other in found if other == recipe and not recipe.drawn), None)
+            if known is not None:
+                known.append(spec)
+            else:
+                found.append(([spec], recipe))
+        return found
 
 
 @dataclass(frozen=True)
@@ -226,14 +269,17 @@ class StackStep(Step):
 
     def run(self, io: StepIO) -> StepResult:
         written = 0
+        report = {}
         for number, expert in enumerate(self.experts):
             for part, recipe in enumerate(expert):
                 rows = recipe.start(io, f"{self.name}#{number}.{part}")
-                for _, _, (dense,) in io.chunks(recipe.source):
+                for _, _, (dense,) in io.chunks(recipe.source, whole=recipe.whole):
                     made = _rounded(rows(dense), self.output)
                     io.write(self.output, written, made)
                     written += made.shape[0]
-        return StepResult()
+                if isinstance(rows, CountingRows):
+                    report[f"{number}.{part}"] = rows.finish()
+        return StepResult(report)
 
 
 _TILE_BYTES = 48 << 20

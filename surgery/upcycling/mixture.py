@@ -145,6 +145,7 @@ class Target:
         ships: whether its modelling code travels in the checkpoint.
         automatic: whether it is chosen without being named.
         rename: the dense name of a tensor that is kept to its name here.
+        rename_back: its name here to the dense one.
         notes: sentences for the report.
     """
 
@@ -163,6 +164,7 @@ class Target:
     ships: bool = False
     automatic: bool = True
     rename: Callable[[str], str] = lambda name: name
+    rename_back: Callable[[str], str] = lambda name: name
     notes: tuple[str, ...] = ()
 
     def fits(self, mixture: Mixture) -> bool:

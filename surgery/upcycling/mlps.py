@@ -25,6 +25,11 @@ M2M_STACKS = {
     for stack in ("encoder", "decoder")
 }
 
+_ENLARGED = (
+    "mixtral", "glm4_moe", "qwen2_moe", "qwen3_moe", "qwen3_5_moe_text", "flex_olmo", "granitemoe", "ernie4_5_moe",
+    "hunyuan_v1_moe",
+)  # fmt: skip
+
 
 def stacks_of(model_type: str) -> Mapping[str, Stack]:
     """The stacks of layers of a dense family; empty for one that is not known."""
@@ -100,7 +105,9 @@ def find_mlps(checkpoint: Checkpoint) -> tuple[Mlp, ...]:
     """
     if any(expert_of(name) is not None or ".experts." in name for name in checkpoint.tensors):
         raise UnsupportedError(
-            f"{checkpoint.label} is a mixture of experts already; `surgery dense` makes a dense checkpoint of it."
+            f"{checkpoint.label} is a mixture of experts already, though its config calls it "
+            f"{plain(checkpoint.model_type or 'unknown')!r}; mixtures that can be enlarged are those of type "
+            f"{', '.join(_ENLARGED)}, and those that ship their code."
         )
     stacks = stacks_of(checkpoint.model_type)
     if not stacks:

@@ -73,6 +73,7 @@ class UpcycleOptions:
         init: `copy`, `noise:STD`, `noise:SHARE%`, `drop:RATIO`, `granular:G`, `from:A,B,...`, `adapters:A,B,...`.
         rest: with `from` and `adapters`, what becomes of everything but the experts: `average`, `first`, or `base`,
             which is CHECKPOINT. By default `average` of checkpoints, and `base` under adapters.
+        any_base: take adapters even if hashes prove that they were made for another base.
         router_init: `normal:STD`, `zeros`, or `hidden:PROMPTS.jsonl`.
         shared_expert: add an expert that sees every token and starts out silent.
         combine: `normalized` weights sum to one over a token's experts; `raw` ones are the router's probabilities.
@@ -92,6 +93,7 @@ class UpcycleOptions:
     layers: str = "all"
     init: str = "copy"
     rest: str | None = None
+    any_base: bool = False
     router_init: str = "normal:0.02"
     shared_expert: bool = False
     combine: str | None = None
@@ -114,6 +116,10 @@ class UpcycleOptions:
             raise OptionError(f"--rest is {self.rest!r}, expected one of {', '.join(RESTS)}.")
         if self.rest is not None and self.expert_init.kind not in ("from", "adapters"):
             raise OptionError("--rest goes with --init from:... or adapters:..., where there are several models.")
+        if self.rest == "first" and self.expert_init.kind == "adapters":
+            raise OptionError("--rest first goes with --init from:...; adapters have base and average.")
+        if self.any_base and self.expert_init.kind != "adapters":
+            raise OptionError("--any-base goes with --init adapters:...")
         if self.shard_bytes is not None and self.shard_bytes < 1:
             raise OptionError(f"--shard-size is {self.shard_bytes} bytes, expected at least 1.")
         routers = set(self.routers.values())

@@ -17,7 +17,9 @@ from surgery.upcycling.experts import Columns, ExpertsStep, Noisy, Recipe, Redra
 from surgery.upcycling.mixture import ABSENT, Asked, Block, Config, Mixture, SharedExpert, Target
 from surgery.upcycling.mlps import Mlp
 from surgery.upcycling.options import UpcycleOptions
-from surgery.upcycling.routers import RouterStep, ZerosStep
+from surgery.upcycling.origins import Origin
+from surgery.upcycling.prompts import Rows
+from surgery.upcycling.routers import RouterStep, ZerosStep, given_router
 from surgery.upcycling.shipped import modelling_code
 
 # Settings of a dense config that say nothing about a mixture, or that its class would read otherwise.
@@ -35,6 +37,9 @@ class Upcycling:
         mixtures: by stack.
         target: the format.
         options: as given.
+        origin: where experts and everything else come from.
+        prompts: of each expert, where routers start from their hidden states.
+        rows: the routers that come of them; None before the model has run.
     """
 
     checkpoint: Checkpoint
@@ -43,6 +48,9 @@ class Upcycling:
     mixtures: Mapping[str, Mixture]
     target: Target
     options: UpcycleOptions
+    origin: Origin
+    prompts: tuple[tuple[str, ...], ...] = ()
+    rows: Rows | None = None
 
     def mixture_of(self, mlp: Mlp) -> Mixture | None:
         """What an MLP becomes, or None for one that stays dense."""
@@ -82,11 +90,11 @@ def new_config(work: Upcycling) -> dict[str, object]:
 
 
 def _kept(work: Upcycling) -> Iterator[Step]:
-    """Every tensor outside the chosen MLPs, byte for byte."""
+    """Every tensor outside the chosen MLPs: byte for byte, or from wherever the options say."""
     replaced = {tensor.name for mlp, _ in work.chosen for tensor in mlp.parts.values()}
     for name, tensor in work.checkpoint.tensors.items():
         if name not in replaced:
-            yield CopyStep(TensorSpec(work.target.rename(name), tensor.dtype, tensor.shape), tensor)
+            yield work.origin.rest(tensor, work.target.rename(name))
 
 
 def _added(work: Upcycling) -> Iterator[Step]:
@@ -109,6 +117,8 @@ def _sparse_block(work: Upcycling, mlp: Mlp, mixture: Mixture) -> Iterator[Step]
     router = TensorSpec(f"{path}.{block.router}", dtype, (mixture.experts, mlp.hidden))
     if start.kind == "zeros":
         yield ZerosStep(router)
+    elif start.kind == "hidden":
+        yield given_router(router, (work.rows or {}).get((mlp.stack, mlp.number)), mixture.groups)
     else:
         yield RouterStep(router, start.std, mixture.groups, work.options.seed)
     for name, shape in block.corrections:
@@ -128,7 +138,7 @@ def _separate(work: Upcycling, path: str, block: Block, mlp: Mlp, mixture: Mixtu
             if isinstance(found, StoredTensor):
                 yield CopyStep(TensorSpec(name, found.dtype, found.shape), found)
             else:
-                spec = TensorSpec(name, found.source.dtype, found.shape)
+                spec = TensorSpec(name, mlp.parts[part].dtype, found.shape)
                 made.setdefault(found.source.key, []).append((spec, found))
         yield from (ExpertsStep(tuple(group)) for group in made.values())
 
@@ -162,7 +172,7 @@ def _recipe(work: Upcycling, mlp: Mlp, mixture: Mixture, part: str, expert: int)
         size, number = mixture.expert_inner, expert % mixture.groups
         scale = mixture.groups if source is mlp.output else 1
         return _slice(source, axis, number * size, (number + 1) * size, scale)
-    return source
+    return work.origin.part(mlp, part, expert)
 
 
 def _slice(source: StoredTensor, axis: int, begin: int, end: int, scale: int) -> StoredTensor | Recipe:

@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.checkpoint import Checkpoint
 from surgery.errors import InputError, IntegrityError, MissingExtraError, OptionError
 from surgery.execute import Progress, one_torch_thread
 from surgery.upcycling.planning import Upcycling
@@ -70,14 +71,18 @@ class Verification:
 
 
 def arrange(
-    work: Upcycling, parameters: int, preserved: bool, verify: bool | None, text: str | os.PathLike[str] | None
+    checkpoint: Checkpoint,
+    needed: int,
+    bound: float | None,
+    verify: bool | None,
+    text: str | os.PathLike[str] | None,
 ) -> Verification | str:
     """Decide whether to measure the output; if not, why not, in a sentence, or nothing where nobody wants it.
 
     Args:
-        work: what is to be made.
-        parameters: of the mixture.
-        preserved: whether it is the dense function by construction.
+        checkpoint: the model that the output is compared with.
+        needed: bytes of memory that it takes, see `memory_needed`.
+        bound: what the relative difference may be, where it is a theorem that there is none.
         verify: True forces, False forbids; None measures what fits in memory and can be run.
         text: a file to measure the loss on, which asks for measuring.
 
@@ -93,11 +98,10 @@ def arrange(
     if verify is False:
         return ""
     asked_for = verify is True or text is not None
-    dense = work.checkpoint.path
-    needed = memory_needed(work, parameters)
+    dense = checkpoint.path
     reason = ""
     if dense is None or not dense.is_dir():
-        reason = f"{work.checkpoint.label} is not a folder on this disk, which is what transformers can run"
+        reason = f"{checkpoint.label} is not a folder on this disk, which is what transformers can run"
         if asked_for:
             raise InputError(f"{reason}; pull it first, or leave --verify out.")
     elif not is_installed():
@@ -115,11 +119,11 @@ def arrange(
         transformers_module()
     source = Path(text) if text is not None else None
     if source is not None:
-        _check_text(source, work)
-    return Verification(dense, source, relative_bound(work) if preserved else None, needed, asked_for)
+        _check_text(source, checkpoint)
+    return Verification(dense, source, bound, needed, asked_for)
 
 
-def _check_text(text: Path, work: Upcycling) -> None:
+def _check_text(text: Path, checkpoint: Checkpoint) -> None:
     from surgery.ops.running import TOKENIZER_FILES
 
     try:
@@ -127,18 +131,23 @@ def _check_text(text: Path, work: Upcycling) -> None:
             file.read(1)
     except OSError as error:
         raise InputError(f"{text} cannot be read: {error.strerror}.") from error
-    if not set(TOKENIZER_FILES) & set(work.checkpoint.folder.names()):
-        raise InputError(f"{text} cannot be used: {work.checkpoint.label} has no tokenizer; copy its files there.")
+    if not set(TOKENIZER_FILES) & set(checkpoint.folder.names()):
+        raise InputError(f"{text} cannot be used: {checkpoint.label} has no tokenizer; copy its files there.")
 
 
 def memory_needed(work: Upcycling, parameters: int) -> int:
     """Bytes that measuring takes: the larger of the two models in float32, and what passes through it."""
-    vocabulary = work.config.get("vocab_size")
     hidden = max(mlp.hidden for mlp in work.mlps)
     inner = max(mlp.inner for mlp in work.mlps)
+    return memory_of(max(parameters, work.checkpoint.parameters), work.checkpoint, hidden + inner)
+
+
+def memory_of(parameters: int, checkpoint: Checkpoint, width: int = 0) -> int:
+    """Bytes that a model of so many parameters takes; `width` is the hidden size and the intermediate size together."""
+    vocabulary = checkpoint.config.get("vocab_size")
     # Logits of a pass and their logarithms, those kept, and the widest layer with its copies for each expert's tokens.
-    wide = 3 * (vocabulary if isinstance(vocabulary, int) else 0) + 16 * (hidden + inner)
-    return _PROGRAM_BYTES + 4 * (max(parameters, work.checkpoint.parameters) + _TOKENS * wide)
+    wide = 3 * (vocabulary if isinstance(vocabulary, int) else 0) + 16 * width
+    return _PROGRAM_BYTES + 4 * (parameters + _TOKENS * wide)
 
 
 def free_memory() -> int:

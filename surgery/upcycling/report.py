@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from surgery.reports import Report
 
@@ -104,11 +105,14 @@ class UpcycleReport(Report):
     """What `upcycle` wrote.
 
     Attributes:
-        source: the dense model type.
+        source: the dense model type; of a mixture that was enlarged, its own where the dense one is not known.
         target: the model type written.
         architecture: its class.
         stacks: what became of each stack.
         init: how the experts started out.
+        rest: of several checkpoints or adapters, what became of everything but the experts.
+        left_out: tensors that the adapters change and the mixture has as the dense model has them.
+        survived: of the adapters' changes, what rounding left: 1 - || realised dW - dW || / || dW ||.
         router_init: how the routers started out.
         parameters: in all.
         active: of those, the ones a token meets.
@@ -129,6 +133,9 @@ class UpcycleReport(Report):
     architecture: str = ""
     stacks: tuple[StackReport, ...] = ()
     init: str = ""
+    rest: str | None = None
+    left_out: tuple[str, ...] = ()
+    survived: float | None = None
     router_init: str = ""
     parameters: int = 0
     active: int = 0
@@ -139,4 +146,37 @@ class UpcycleReport(Report):
     consumers: tuple[ConsumerReport, ...] = ()
     choices: tuple[ChoiceReport, ...] = ()
     preservation: PreservationReport | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DenseReport(Report):
+    """What `dense` wrote.
+
+    Attributes:
+        source: the mixture's model type.
+        target: the dense one.
+        architecture: its class.
+        layers: those that were mixtures, by stack, zero-based.
+        experts: to each of them.
+        taken: the expert that is the MLP now (of small experts, the copy); None for the mean of all.
+        identical: whether all were the same; None where nobody looked.
+        dropped: tensors that the dense model has no place for: routers, silent shared experts, zero biases.
+        parameters: in all.
+        mixture_parameters: of the mixture.
+        nbytes: of the weight files.
+        notes: what to know.
+    """
+
+    source: str = ""
+    target: str = ""
+    architecture: str = ""
+    layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    experts: int = 0
+    taken: int | None = None
+    identical: bool | None = None
+    dropped: tuple[str, ...] = ()
+    parameters: int = 0
+    mixture_parameters: int = 0
+    nbytes: int = 0
     notes: tuple[str, ...] = ()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from surgery.checkpoint import StoredTensor
@@ -83,6 +84,51 @@ class RouterStep(Step):
         rows = np.repeat((self.std * rows).astype(np.float32), self.groups, axis=0)
         io.write_bytes(self.output, encoded(rows, self.output.dtype))
         return StepResult()
+
+
+@dataclass(frozen=True)
+class GivenRouterStep(Step):
+    """A router's weight (experts, hidden) that was computed before.
+
+    Attributes:
+        rows: float32; None in a dry run, which computes none.
+        digest: of them, which tells this work from another.
+    """
+
+    output: TensorSpec
+    rows: np.ndarray | None = field(repr=False, compare=False)
+    digest: str
+
+    @property
+    def name(self) -> str:
+        return self.output.name
+
+    @property
+    def reads(self) -> tuple[StoredTensor, ...]:
+        return ()
+
+    @property
+    def writes(self) -> tuple[TensorSpec, ...]:
+        return (self.output,)
+
+    @property
+    def computes(self) -> bool:
+        return False
+
+    def run(self, io: StepIO) -> StepResult:
+        assert self.rows is not None
+        io.write_bytes(self.output, encoded(self.rows, self.output.dtype))
+        return StepResult()
+
+
+def given_router(output: TensorSpec, rows: np.ndarray | None, groups: int) -> GivenRouterStep:
+    """The step for rows that each stand for a copy of the MLP: repeated for its `groups` parts."""
+    import numpy as np
+
+    if rows is None:
+        return GivenRouterStep(output, None, "")
+    repeated = np.ascontiguousarray(np.repeat(rows, groups, axis=0))
+    return GivenRouterStep(output, repeated, hashlib.blake2b(repeated.tobytes(), digest_size=16).hexdigest())
 
 
 def encoded(values: np.ndarray, dtype: DType) -> memoryview:

@@ -22,6 +22,11 @@ _NLLB_NAMES = (
     (re.compile(r"(\.layers\.\d+)\.final_layer_norm\."), r"\1.ff_layer_norm."),
     (re.compile(r"(\.layers\.\d+)\.fc([12])\."), r"\1.ffn.fc\2."),
 )
+_M2M_NAMES = (
+    (re.compile(r"\.cross_attention(?=\.|_layer_norm\.)"), ".encoder_attn"),
+    (re.compile(r"(\.layers\.\d+)\.ff_layer_norm\."), r"\1.final_layer_norm."),
+    (re.compile(r"(\.layers\.\d+)\.ffn\.fc([12])\."), r"\1.fc\2."),
+)
 
 
 def switch_step(mixture: Mixture) -> int | None:
@@ -110,6 +115,12 @@ def _nllb_name(name: str) -> str:
     return name
 
 
+def _m2m_name(name: str) -> str:
+    for pattern, replacement in _M2M_NAMES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
 def _two_layers(prefix: str, names: dict[str, str]) -> dict[str, str]:
     return {f"{role}.{kind}": f"{prefix}{name}.{kind}" for role, name in names.items() for kind in ("weight", "bias")}
 
@@ -134,6 +145,7 @@ SEQ2SEQ: tuple[Target, ...] = (
         preserving=False,
         automatic=False,
         rename=lambda name: name.replace(".DenseReluDense.", ".mlp."),
+        rename_back=lambda name: name.replace(".mlp.", ".DenseReluDense."),
     ),
     Target(
         "nllb-moe",
@@ -145,6 +157,7 @@ SEQ2SEQ: tuple[Target, ...] = (
         _nllb_objections,
         tasks=("ForConditionalGeneration", "Model"),
         rename=_nllb_name,
+        rename_back=_m2m_name,
         notes=(
             "transformers 5.23 runs experts 0 and 1 of an NLLB-MoE whichever the router chose: nothing is lost while "
             "all are alike, but training in it reaches these two only.",

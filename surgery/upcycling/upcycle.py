@@ -6,10 +6,10 @@ move as bytes; only routers, and experts that start out different, are computed.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 
 from surgery.checkpoint import Checkpoint
@@ -21,13 +21,24 @@ from surgery.upcycling.advice import notes_on, notes_on_size
 from surgery.upcycling.choice import choose_target, mixtures
 from surgery.upcycling.consumers import choices, who_loads_it
 from surgery.upcycling.dense_defaults import with_defaults
+from surgery.upcycling.enlarge import Enlarging, plan_enlarging, prepare_enlarging, report_on
 from surgery.upcycling.mixture import Mixture
 from surgery.upcycling.mlps import find_mlps
 from surgery.upcycling.options import UpcycleOptions
+from surgery.upcycling.origins import Sources, check_sources, origin_of
 from surgery.upcycling.planning import Upcycling, new_config, plan_upcycling
-from surgery.upcycling.preservation import Verification, arrange, measured
+from surgery.upcycling.preservation import (
+    Verification,
+    arrange,
+    measured,
+    memory_needed,
+    memory_of,
+    relative_bound,
+)
+from surgery.upcycling.prompts import check_model, read_prompts, router_rows
 from surgery.upcycling.report import StackReport, UpcycleReport
 from surgery.upcycling.seq2seq import SWITCH
+from surgery.upcycling.sparse import format_of
 
 
 def upcycle(
@@ -37,45 +48,113 @@ def upcycle(
     run_options: RunOptions,
     verify: bool | None = None,
     text: str | os.PathLike[str] | None = None,
+    sources: Sources = (),
 ) -> UpcycleReport:
     """Write `checkpoint` as a mixture of experts at `output`; by default beside it, as `<name>-moe-<experts>x`.
 
-    `verify` and `text` say whether and on what it is measured, see `preservation.arrange`.
+    `verify` and `text` say whether and on what it is measured, see `preservation.arrange`; `sources` are the
+    checkpoints or adapters that `options.init` names, in its order.
     """
     refuse_quantised(checkpoint)
-    work = prepare(checkpoint, options)
+    if (mixture := format_of(checkpoint)) is not None:
+        return _enlarge(prepare_enlarging(checkpoint, mixture, options), output, run_options, verify, text)
+    work = prepare(checkpoint, options, sources)
     plan = plan_upcycling(work)
-    inputs = [Input("dense", checkpoint)]
-    target = Path(output) if output is not None else default_output(checkpoint, work.mixtures)
+    inputs = [Input("dense", checkpoint), *work.origin.inputs]
+    target = (
+        Path(output) if output is not None else default_output(checkpoint, next(iter(work.mixtures.values())).experts)
+    )
     check_paths(target, inputs, run_options.overwrite)
     report = _report(work, plan, target, run_options)
-    verification = arrange(work, report.parameters, report.preserved, verify, text)
+    bound = relative_bound(work) if report.preserved else None
+    verification = arrange(checkpoint, memory_needed(work, report.parameters), bound, verify, text)
     needed = verification.nbytes if isinstance(verification, Verification) else 0
     report = replace(report, plan=replace(report.plan, peak_memory_bytes=max(needed, report.plan.peak_memory_bytes)))
     if run_options.dry_run:
         notes = (*report.notes, *([verification] if isinstance(verification, str) and verification else []))
         return replace(report, dry_run=True, notes=notes)
+    if work.prompts:
+        rows, said = router_rows(checkpoint, work.chosen, work.prompts)
+        plan = plan_upcycling(replace(work, rows=rows))
+        report = replace(report, notes=(*report.notes, said))
     with staged(target, plan, ("upcycle", options), run_options) as run:
-        run.execute(plan, "upcycling")
-        report = replace(report, resumed=run.resumed)
+        found = run.execute(plan, "upcycling").reports()
+        work.origin.check(run.hashes)
+        report = replace(report, resumed=run.resumed, survived=_survived(found))
         report, notes = measured(report, verification, run.staging.files, run_options.settings.progress)
-        run.finish("upcycle", options, inputs, report.numbers())
+        run.finish("upcycle", without_paths(work), inputs, report.numbers())
     return replace(report, notes=(*report.notes, *notes))
 
 
-def prepare(checkpoint: Checkpoint, options: UpcycleOptions) -> Upcycling:
+def _enlarge(
+    work: Enlarging,
+    output: str | os.PathLike[str] | None,
+    run_options: RunOptions,
+    verify: bool | None,
+    text: str | os.PathLike[str] | None,
+) -> UpcycleReport:
+    """Write a mixture with more of its experts, and measure how far it is from the smaller one.
+
+    Nothing bounds the difference: where the scores of two experts are equal to rounding, either may be chosen.
+    """
+    plan = plan_enlarging(work)
+    inputs = [Input("mixture", work.checkpoint)]
+    target = Path(output) if output is not None else default_output(work.checkpoint, work.factor * work.experts)
+    check_paths(target, inputs, run_options.overwrite)
+    report = report_on(work, plan, target, run_options)
+    verification = arrange(work.checkpoint, memory_of(report.parameters, work.checkpoint), None, verify, text)
+    needed = verification.nbytes if isinstance(verification, Verification) else 0
+    report = replace(report, plan=replace(report.plan, peak_memory_bytes=max(needed, report.plan.peak_memory_bytes)))
+    if run_options.dry_run:
+        notes = (*report.notes, *([verification] if isinstance(verification, str) and verification else []))
+        return replace(report, dry_run=True, notes=notes)
+    with staged(target, plan, ("enlarge", work.options), run_options) as run:
+        run.execute(plan, "enlarging")
+        report = replace(report, resumed=run.resumed)
+        report, notes = measured(report, verification, run.staging.files, run_options.settings.progress)
+        run.finish("upcycle", work.options, inputs, report.numbers())
+    return replace(report, notes=(*report.notes, *notes))
+
+
+def without_paths(work: Upcycling) -> UpcycleOptions:
+    """The options as the output has them on record: sources by their names, as its other inputs are."""
+    options, init = work.options, work.options.expert_init
+    if init.paths:
+        names = (item.checkpoint.provenance.get("source", item.checkpoint.label) for item in work.origin.inputs)
+        options = replace(options, init=f"{init.kind}:{','.join(names)}")
+    if options.start_of_router.path:
+        options = replace(options, router_init=f"hidden:{Path(options.start_of_router.path).name}")
+    return options
+
+
+def _survived(found: Mapping[str, Mapping[str, object]]) -> float | None:
+    """What rounding left of the adapters' changes, over all experts together; None where there are none."""
+    counts = [count for report in found.values() for count in (report, *report.values()) if isinstance(count, Mapping)]
+    energies = [count["energy"] for count in counts if isinstance(count.get("energy"), float)]
+    losses = [count["lost"] for count in counts if isinstance(count.get("lost"), float)]
+    return 1 - math.sqrt(sum(losses) / sum(energies)) if sum(energies) else None
+
+
+def prepare(checkpoint: Checkpoint, options: UpcycleOptions, sources: Sources = ()) -> Upcycling:
     """Decide everything that headers and config allow to decide; raises all that there is to refuse."""
     options = replace(options, target={"switch": SWITCH}.get(options.target, options.target))
     mlps = find_mlps(checkpoint)
     chosen = mixtures(mlps, options)
     config = with_defaults(checkpoint.config, checkpoint.model_type)
     target = choose_target(checkpoint, config, chosen, options)
-    return Upcycling(checkpoint, config, mlps, chosen, target, options)
+    check_sources(options, sources)
+    replaced = [mlp for mlp in mlps if mlp.stack in chosen and mlp.number in chosen[mlp.stack].layers]
+    origin = origin_of(checkpoint, replaced, options, sources)
+    prompts: tuple[tuple[str, ...], ...] = ()
+    if (path := options.start_of_router.path) != "":
+        check_model(checkpoint)
+        mixture = next(iter(chosen.values()))
+        prompts = read_prompts(path, mixture.experts // mixture.groups)
+    return Upcycling(checkpoint, config, mlps, chosen, target, options, origin, prompts)
 
 
-def default_output(checkpoint: Checkpoint, chosen: Mapping[str, Mixture]) -> Path:
+def default_output(checkpoint: Checkpoint, experts: int) -> Path:
     """`<name>-moe-<experts>x` beside a local checkpoint, and in the working folder for one on a Hub."""
-    experts = next(iter(chosen.values())).experts
     if checkpoint.path is None:
         return Path(f"{Path(checkpoint.label.partition('@')[0]).name}-moe-{experts}x")
     place = checkpoint.path.resolve()
@@ -85,7 +164,7 @@ def default_output(checkpoint: Checkpoint, chosen: Mapping[str, Mixture]) -> Pat
 
 def _report(work: Upcycling, plan: Plan, target: Path, run_options: RunOptions) -> UpcycleReport:
     specs = [spec for step in plan.steps for spec in step.writes]
-    parameters = sum(prod(spec.shape) for spec in specs)
+    parameters = sum(math.prod(spec.shape) for spec in specs)
     architectures = new_config(work)["architectures"]
     assert isinstance(architectures, list)
     other_layers = choices(work)
@@ -108,8 +187,10 @@ def _report(work: Upcycling, plan: Plan, target: Path, run_options: RunOptions) 
             )
             for stack, mixture in work.mixtures.items()
         ),
-        init=work.options.init,
-        router_init=work.options.router_init,
+        init=without_paths(work).init,
+        rest=_rest(work.options),
+        left_out=work.origin.left_out,
+        router_init=without_paths(work).router_init,
         parameters=parameters,
         active=parameters - sum(_idle(mlp.parameters, mixture) for mlp, mixture in work.chosen),
         dense_parameters=work.checkpoint.parameters,
@@ -118,8 +199,17 @@ def _report(work: Upcycling, plan: Plan, target: Path, run_options: RunOptions) 
         preserved=is_preserved(work),
         consumers=who_loads_it(work, plan),
         choices=other_layers,
-        notes=(*notes_on(work), *notes_on_size(plan.layout.nbytes, work.checkpoint.nbytes, other_layers)),
+        notes=(
+            *notes_on(work),
+            *work.origin.notes,
+            *notes_on_size(plan.layout.nbytes, work.checkpoint.nbytes, other_layers),
+        ),
     )
+
+
+def _rest(options: UpcycleOptions) -> str | None:
+    """What becomes of everything but the experts, where there are several models."""
+    return options.rest or {"from": "average", "adapters": "base"}.get(options.expert_init.kind)
 
 
 def _idle(parameters: int, mixture: Mixture) -> int:

@@ -40,6 +40,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_adapter(model, LoraConfig(r=2, target_modules=["q_proj"]), folder / "adapter")
     surgery.merge(folder / "base", folder / "adapter", output=folder / "merged")
     surgery.merge(folder / "base", folder / "adapter", output=folder / "reversible", reversible=True)
+    surgery.upcycle(folder / "base", output=folder / "moe", experts=2)
     return folder
 
 
@@ -51,6 +52,7 @@ WRITING: dict[str, tuple[str, ...]] = {
     "subtract": ("subtract", "merged", "adapter"),
     "subtract exactly": ("subtract", "reversible"),
     "switch": ("switch", "reversible", "adapter", "adapter=0.5"),
+    "dense": ("dense", "moe"),
 }
 LOOKING: dict[str, tuple[str, ...]] = {
     "inspect": ("inspect", "base", "--tensors"),

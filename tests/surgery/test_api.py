@@ -17,12 +17,14 @@ from surgery.errors import InputError, OptionError
 from surgery.keywords import (
     CombineKeywords,
     ConvertKeywords,
+    DenseKeywords,
     ExtractKeywords,
     MergeKeywords,
     ResizeKeywords,
     RunKeywords,
     SubtractKeywords,
     SwitchKeywords,
+    UpcycleKeywords,
     VerifyKeywords,
     WritingKeywords,
 )
@@ -30,6 +32,8 @@ from surgery.ops.combine import CombineOptions
 from surgery.ops.convert import ConvertOptions
 from surgery.ops.extract_options import ExtractOptions
 from surgery.ops.merge import MergeOptions
+from surgery.upcycling.downcycle import DenseOptions
+from surgery.upcycling.options import UpcycleOptions
 from tests.tools import square_adapter, square_checkpoint
 
 # Each verb with its keywords, the options that these must cover, and the fields that are not for this verb.
@@ -43,6 +47,8 @@ VERBS: dict[str, tuple[Any, type | None, set[str]]] = {
     "combine": (CombineKeywords, CombineOptions, set()),
     "resize": (ResizeKeywords, CombineOptions, {"method", "density", "as_peft", "any_base", "seed"}),
     "convert": (ConvertKeywords, ConvertOptions, {"to"}),
+    "upcycle": (UpcycleKeywords, UpcycleOptions, set()),
+    "dense": (DenseKeywords, DenseOptions, set()),
 }
 
 
@@ -72,7 +78,9 @@ def test_help_lists_every_keyword(verb: str) -> None:
 def test_an_unknown_keyword_is_named(verb: str, tmp_path: Path) -> None:
     """With those that there are, and before anything is opened."""
     call: Callable[..., object] = getattr(surgery, verb)
-    arguments = {"switch": ["a", "b", "c"], "resize": ["a"], "convert": ["a"]}.get(verb, ["a", "b"])
+    arguments = {"switch": ["a", "b", "c"], "resize": ["a"], "convert": ["a"], "upcycle": ["a"], "dense": ["a"]}.get(
+        verb, ["a", "b"]
+    )
     target: dict[str, object] = {} if verb == "verify" else {"output": tmp_path / "out"}
     target |= {"to": "peft"} if verb == "convert" else {}
     with pytest.raises(TypeError) as caught:

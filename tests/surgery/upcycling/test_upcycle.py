@@ -117,10 +117,17 @@ def test_active_parameters(tmp_path: Path) -> None:
 
 
 def test_a_mixture_is_none(tmp_path: Path) -> None:
+    """One of a type that is known can be enlarged; see `test_enlarge.py`."""
     upcycled(stored(tmp_path, "llama"), tmp_path / "moe")
+    config = read_json(tmp_path / "moe" / "config.json") | {"model_type": "llama"}
+    (tmp_path / "moe" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedError) as caught:
         upcycled(open_checkpoint(tmp_path / "moe"), tmp_path / "twice", combine="raw")
-    assert "is a mixture of experts already" in str(caught.value)
+    assert str(caught.value) == (
+        f"{tmp_path / 'moe'} is a mixture of experts already, though its config calls it 'llama'; mixtures that can be "
+        "enlarged are those of type mixtral, glm4_moe, qwen2_moe, qwen3_moe, qwen3_5_moe_text, flex_olmo, granitemoe, "
+        "ernie4_5_moe, hunyuan_v1_moe, and those that ship their code."
+    )
 
 
 def test_an_unknown_family(tmp_path: Path) -> None:
