@@ -1,4 +1,4 @@
-"""Rewrite what is generated: the outputs shown in README.md and docs/json.md, docs/cli.md, and the golden help pages.
+"""Rewrite what is generated: the outputs shown in `PAGES`, docs/cli.md, and the golden help pages.
 
 Run it with `make docs`. A page shows a command in a block of this kind, and what the command prints below it:
 
@@ -28,7 +28,7 @@ from surgery.cli.main import COMMANDS, cli, run
 
 ROOT = Path(__file__).parents[1]
 # Pages whose blocks are run.
-PAGES = ("README.md", "docs/json.md")
+PAGES = ("README.md", "docs/json.md", "docs/upcycling.md")
 # As wide as a terminal is at least.
 COLUMNS = 80
 

@@ -281,7 +281,7 @@ def upcycle(
             seed: of everything random.
             shard_bytes: split the weights into files of at most this many bytes; 5 GB by default.
             verify: measure the difference from the dense model; by default where transformers is installed and both
-                models, one after the other, fit into half of the free memory.
+                models, one after the other, fit into the free memory.
             text: a file to measure the loss on, too.
             overwrite: replace an existing output.
             dry_run: plan and check everything, write nothing.

@@ -21,6 +21,9 @@ from surgery.cli.main import COMMANDS
 from surgery.hub import account, listing, pull, push
 from surgery.ops import inspection, lint, verify
 from surgery.upcycling import report as upcycling
+from surgery.upcycling.mixture import Target
+from surgery.upcycling.native import NATIVE
+from surgery.upcycling.seq2seq import SEQ2SEQ
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -158,6 +161,28 @@ def test_every_field_of_a_report_is_documented(cls: type) -> None:
 
 def test_no_object_is_documented_that_is_never_printed() -> None:
     assert set(_documented()) == {cls.__name__ for cls in _reported()}
+
+
+# Formats --------------------------------------------------------------------------------------------------------------
+
+
+def test_every_format_of_upcycling_has_its_row() -> None:
+    """In the order in which they are tried, with what each can express."""
+    page = (ROOT / "docs" / "upcycling.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.+) \|$", page, re.MULTILINE)
+    assert rows == [" | ".join(_row(target)) for target in (*NATIVE, *SEQ2SEQ)]
+
+
+def _row(target: Target) -> tuple[str, ...]:
+    shared = next(iter(target.blocks.values())).shared
+    return (
+        ", ".join(f"`{source}`" for source in target.sources),
+        f"`{target.name}`",
+        target.subset.value,
+        "yes" if target.raw else "no",
+        "no" if shared is None else "always" if shared.required else "if asked for",
+        ", ".join(target.tasks),
+    )
 
 
 # Lists ----------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,14 @@ from surgery.cli.main import run
 from surgery.operation import PlanSummary
 from surgery.ops.verify import CompareReport, Difference, LogitReport, VerifyReport
 from surgery.reports import ExtractReport, MergeReport, ModuleReport, ResidualReport, WeightReport
+from surgery.upcycling.report import (
+    ChoiceReport,
+    ConsumerReport,
+    ExpertLoad,
+    PreservationReport,
+    StackReport,
+    UpcycleReport,
+)
 from tests.models import make, perturb, save
 from tests.peft_tools import write_adapter
 from tests.test_docs import _reported
@@ -287,6 +295,61 @@ def test_every_report_has_a_drawing() -> None:
     found = [cls for cls in _reported() if hasattr(cls, "as_dict") and not cls.__module__.startswith("surgery.hub")]
     printed = {cls.__name__ for cls in found}
     assert printed - {"Report"} == render.DRAWINGS.keys()
+
+
+# Receipts -------------------------------------------------------------------------------------------------------------
+
+
+def receipt(**fields: Any) -> UpcycleReport:
+    stack = StackReport("decoder", (0, 1, 2, 5, 7, 8), 12, 4, 2, None, True, None)
+    settings: dict[str, Any] = {
+        "source": "llama", "target": "mixtral", "architecture": "MixtralForCausalLM", "stacks": (stack,),
+        "init": "copy", "router_init": "normal:0.02", "parameters": 10**9, "active": 5 * 10**8,
+        "dense_parameters": 25 * 10**7, "nbytes": 2 * 10**9, "dense_bytes": 5 * 10**8, "preserved": True, **fields,
+    }  # fmt: skip
+    return UpcycleReport("moe", PLAN, **settings)
+
+
+def test_a_receipt_draws_layers_together() -> None:
+    text = "\n".join(drawn(receipt()))
+    assert "layers 0-2,5,7-8 of 12, 4 experts each, top 2, weights sum to 1" in text
+    assert "2 GB, 4.0 times the dense model's" in text
+    assert "measured" not in text
+    choice = StackReport("encoder", (0, 1), 2, 4, None, 1.5, False, "sequence")
+    text = "\n".join(drawn(receipt(stacks=(choice,), preserved=False)))
+    assert "all 2 layers, 4 experts each, expert choice, capacity 1.5, per sequence, raw weights" in text
+    assert re.search(r"^function +changed$", text, re.MULTILINE)
+
+
+def test_a_receipt_sums_up_what_was_measured() -> None:
+    loads = (ExpertLoad("a", (0.5, 0.5, 0.0, 0.0)), ExpertLoad("b", (0.25, 0.25, 0.25, 0.25), 0.125))
+    found = PreservationReport("64 tokens of a.txt", 0.25, 3e-7, 0.5, 1e-5, 2.5, 2.75, loads)
+    text = "\n".join(drawn(receipt(preservation=found)))
+    assert "3.0e-07 of the logits' norm (rounding explains 1e-05), 2.5e-01 at most" in text
+    assert "for 50.0% of the positions" in text
+    assert "2.7500 nats a token; the dense model has 2.5000" in text
+    assert (
+        "50.0% at most goes to one expert, 25.0% would be even; 2 of 8 experts got nothing; up to 12.5% of a layer's "
+        "tokens go to no expert"
+    ) in text
+
+
+def test_a_receipt_has_a_line_for_each_program_and_each_choice() -> None:
+    consumers = (
+        ConsumerReport("transformers", "loads"),
+        ConsumerReport("vLLM", "refused", ("no such type", "no such head"), "--target auto (mixtral)"),
+        ConsumerReport("MLX", "silently wrong", ("it does not ask",)),
+    )
+    half = ChoiceReport("last:half", 6, "glm4_moe", 10**9, {"transformers": "loads", "vLLM": "refused"})
+    whole = ChoiceReport("all", 12, "mixtral", 2 * 10**9, {"transformers": "loads", "vLLM": "loads"})
+    lines = drawn(receipt(consumers=consumers, choices=(whole, half), notes=("Mind the gap.",)))
+    assert any(re.fullmatch(r"transformers +loads +- +-", text) for text in lines)
+    assert any(
+        re.fullmatch(r"vLLM +refused +no such type; no such head +--target auto \(mixtral\)", text) for text in lines
+    )
+    assert any(re.fullmatch(r"MLX +silently wrong +it does not ask +nothing known", text) for text in lines)
+    assert any(re.fullmatch(r"last:half \(the paper's\) +6 +glm4_moe +1 GB +loads +refused", text) for text in lines)
+    assert lines[-1] == "Note: Mind the gap."
 
 
 # Progress -------------------------------------------------------------------------------------------------------------
