@@ -65,7 +65,9 @@ def test_the_function_is_kept(tmp_path: Path, name: str, options: dict[str, Any]
     """Identical experts under weights that sum to one: the dense logits, to the rounding of float32."""
     report = upcycled(stored(tmp_path, name), tmp_path / "moe", **options)
     assert (report.target, report.preserved) == (target, True)
-    assert relative(logits(load(tmp_path / "moe")), logits(make(name))) < 1e-6
+    # Parts of an MLP are summed in another order than the whole.
+    bound = 2e-6 if report.init.startswith("granular") else 1e-6
+    assert relative(logits(load(tmp_path / "moe")), logits(make(name))) < bound
 
 
 @pytest.mark.parametrize(
