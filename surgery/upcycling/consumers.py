@@ -11,18 +11,22 @@ from dataclasses import dataclass, replace
 from surgery.checkpoint import Checkpoint, StoredTensor
 from surgery.errors import SurgeryError
 from surgery.folder import WeightFiles
-from surgery.ops.lint import CLEAN, REFUSED, SILENT, WARNING, Finding, lint_checkpoint
+from surgery.ops.lint import REFUSED, SILENT, WARNING, Finding, lint_checkpoint
+from surgery.ops.running import TOKENIZER_FILES
 from surgery.plan import CopyStep, Plan
 from surgery.source import BytesSource, Source
 from surgery.upcycling.choice import choose_target, mixtures, targets_of
 from surgery.upcycling.options import EXPERT_CHOICE, UpcycleOptions
 from surgery.upcycling.planning import Upcycling, new_config, plan_upcycling
 from surgery.upcycling.report import ChoiceReport, ConsumerReport
+from surgery.upcycling.routers import ZerosStep
 
 LOADS = "loads"
 # What the table calls a program, and what `lint` does: PEFT's rules on checkpoints are those of transformers.
 CONSUMERS = {"transformers": "peft", "vLLM": "vllm", "llama.cpp": "llama.cpp", "MLX": "mlx"}
 _ORDER = (LOADS, WARNING, SILENT, REFUSED)
+# Tensors of so many bytes a rule may look into.
+_SMALL = 1 << 16
 # From here on a program does not have the model.
 _BAD = (SILENT, REFUSED)
 
@@ -48,41 +52,43 @@ class _PlannedFolder:
 
 
 def planned_checkpoint(work: Upcycling, plan: Plan) -> Checkpoint:
-    """The output as a checkpoint, from its plan. Tensors that are copied have their bytes; of others only headers."""
+    """The output as a checkpoint, from its plan.
+
+    Tensors that are copied have their bytes; small ones of zeros are zeros, as biases that correct a router are at the
+    start, and other small ones are not, which is all that a rule looks for in them.
+    """
     tensors: dict[str, StoredTensor] = {}
     for step in plan.steps:
         for spec in step.writes:
             if isinstance(step, CopyStep):
                 tensors[spec.name] = replace(step.source, name=spec.name, is_slice=False)
             else:
-                nothing = BytesSource(spec.name, bytes(spec.nbytes if spec.nbytes <= _SMALL else 0))
-                tensors[spec.name] = StoredTensor(spec.name, spec.dtype, spec.shape, nothing, 0)
+                byte = b"\0" if isinstance(step, ZerosStep) else b"\1"
+                data = BytesSource(spec.name, byte * (spec.nbytes if spec.nbytes <= _SMALL else 0))
+                tensors[spec.name] = StoredTensor(spec.name, spec.dtype, spec.shape, data, 0)
     files = tuple(file.name for file in plan.layout.files)
     folder = _PlannedFolder(work.checkpoint.label, plan.files, dict(plan.carried), files)
     weights = WeightFiles(files, None, "model", False)
     return Checkpoint(work.checkpoint.label, folder, tensors, (), weights, new_config(work))
 
 
-# Biases that correct a router start as zeros, and a rule may look whether they do.
-_SMALL = 1 << 16
-
-
 def verdicts(work: Upcycling, plan: Plan | None = None) -> tuple[ConsumerReport, ...]:
     """What each program makes of the output; that the folder has no tokenizer is no more than a warning."""
-    found = lint_checkpoint(planned_checkpoint(work, plan or plan_upcycling(work)), tuple(CONSUMERS.values()))
+    planned = planned_checkpoint(work, plan or plan_upcycling(work))
+    found = lint_checkpoint(planned, tuple(CONSUMERS.values()))
+    has_tokenizer = bool(set(TOKENIZER_FILES) & set(planned.folder.names()))
     reports = []
     for name, known_as in CONSUMERS.items():
-        findings = [finding for finding in found.findings if finding.consumer == known_as]
-        worst = max((_severity(finding) for finding in findings), key=_ORDER.index, default=LOADS)
+        severities = {f: _severity(f, has_tokenizer) for f in found.findings if f.consumer == known_as}
+        worst = max(severities.values(), key=_ORDER.index, default=LOADS)
         # Beside what makes a program refuse it, what it would warn of is no matter.
-        reasons = tuple(finding.message for finding in findings if _severity(finding) == worst)
+        reasons = tuple(finding.message for finding, severity in severities.items() if severity == worst)
         reports.append(ConsumerReport(name, worst, reasons))
     return tuple(reports)
 
 
-def _severity(finding: Finding) -> str:
-    severity = LOADS if finding.severity == CLEAN else finding.severity
-    return WARNING if finding.rule.endswith("/tokenizer") else severity
+def _severity(finding: Finding, has_tokenizer: bool) -> str:
+    return WARNING if finding.rule.endswith("tokenizer") and not has_tokenizer else finding.severity
 
 
 def who_loads_it(work: Upcycling, plan: Plan) -> tuple[ConsumerReport, ...]:

@@ -401,7 +401,10 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], set[str]]] = {
         checkpoint(model_type="upcycled_llama", auto_map={"AutoConfig": "a.B"}),
         {"peft/own-code", "vllm/own-code"},
     ),
-    "encoder-decoder": (checkpoint("t5"), {"vllm/encoder-decoder"}),
+    "encoder-decoder": (
+        checkpoint("t5", architectures=["SwitchTransformersForConditionalGeneration"]),
+        {"vllm/encoder-decoder"},
+    ),
     "head": (checkpoint(architectures=["LlamaForSequenceClassification"]), {"mlx/head"}),
     "float64": (checkpoint(tensors={"model.norm.weight": torch.ones(32, dtype=torch.float64)}), {"mlx/dtypes"}),
     "theta": (
