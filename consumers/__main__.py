@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from consumers.artefacts import make_all
-from consumers.engines import ENGINES, ENVIRONMENTS, ROOT, TRUTH, Engine, ask
+from consumers.engines import ENGINES, ENVIRONMENTS, ROOT, TRUTH, Engine, ask, forget_changed
 from consumers.jobs import Answer, Job, LogProbs, Work, read_answer
 from consumers.models import VOCABULARY
 from consumers.table import cell, page, tidy
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m consumers", description=__doc__)
     parser.add_argument("--only", default="", metavar="TEXT", help="artefacts with this in their name; writes no page")
     parser.add_argument("--engines", default="", metavar="A,B", help="these engines only; writes no page")
-    parser.add_argument("--keep", action="store_true", help="do not ask again what was answered before")
+    parser.add_argument("--keep", action="store_true", help="ask only about what is not as it was")
     parser.add_argument("--docs", action="store_true", help="write docs/consumers.md")
     options = parser.parse_args(arguments)
     started = time.monotonic()
@@ -49,10 +49,10 @@ def main(arguments: Sequence[str]) -> int:
     shop = make_all(work / "made", options.only)
     artefacts = shop.made
     prompts = _prompts()
-    _ask(TRUTH, artefacts, prompts, work)
+    _ask(TRUTH, shop.needed, prompts, work)
     for engine in engines:
         begun = time.monotonic()
-        _ask(engine, artefacts, prompts, work)
+        _ask(engine, shop.needed if engine.name == "peft" else artefacts, prompts, work)
         print(f"{engine.title}: {time.monotonic() - begun:.0f} s", file=sys.stderr)
     if not (options.keep or options.only or options.engines):
         _DURATION.write_text(str(time.monotonic() - started))
@@ -84,6 +84,7 @@ def _answers(work: Path, engine: Engine, setting: str = "") -> Path:
 def _ask(engine: Engine, artefacts: Sequence[Artefact], prompts: list[list[int]], work: Path) -> None:
     """Ask an engine about all artefacts, and again with other settings about those it refuses for want of them."""
     jobs, folder = _jobs(artefacts, engine), _answers(work, engine)
+    forget_changed(jobs, [folder, *(_answers(work, engine, f"-{words}") for words in engine.retries)])
     ask(engine, Work(prompts, jobs), folder)
     for words, settings in engine.retries.items():
         again = [job for job in jobs if words in _text(read_answer(folder, job.name))]
@@ -102,7 +103,7 @@ def _outcomes(artefacts: Sequence[Artefact], engines: Sequence[Engine], work: Pa
         linted = lint_all(one.path, one.base if one.is_adapter else None, [engine.name for engine in asked])
         meaning = one.means or one.name
         truth, unmerged = (read_answer(_answers(work, engine), meaning) for engine in (TRUTH, peft))
-        untouched = read_answer(_answers(work, TRUTH), f"{one.name.partition('/')[0]}/saved")
+        untouched = read_answer(_answers(work, TRUTH), f"{one.family}/saved")
         right = reference(truth, unmerged, untouched, one.group == "trained")
         for engine in asked:
             outcome = _outcome(one, engine, right, linted[engine.name], work)
@@ -136,7 +137,7 @@ def _cost() -> str:
     """Time and disk of a whole run, in a sentence."""
     seconds = float(_DURATION.read_text()) if _DURATION.exists() else 0.0
     size = sum(path.stat().st_size for path in ENVIRONMENTS.rglob("*") if path.is_file() and not path.is_symlink())
-    spent = f"the run took {seconds / 60:.0f} minutes on two cores"
+    spent = f"the run took {seconds / 60:.0f} minutes on two busy cores"
     return f"With everything installed {spent}; `.consumers/` takes {size / 1e9:.1f} GB."
 
 

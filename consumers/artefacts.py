@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from consumers import damaged, trained, written
+from consumers import combined, converted, damaged, trained, upcycled, written
 from consumers.workshop import Workshop
 
 
 def make_all(root: Path, only: str = "") -> Workshop:
-    """Make every artefact whose name contains `only`, below `root`."""
+    """Make every artefact whose name contains `only`, and what it takes for that, below `root`."""
     shop = Workshop(root, only)
     written.make_adapters(shop)
     trained.make_trained(shop)
-    written.make_checkpoints(shop)
     damaged.make_adapters(shop)
+    combined.make_combined(shop)
+    written.make_checkpoints(shop)
+    upcycled.make_upcycled(shop)
     damaged.make_checkpoints(shop)
-    written.make_converted(shop)
+    converted.make_converted(shop)
     return shop

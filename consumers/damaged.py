@@ -21,7 +21,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 
-def edit(
+def _edit(
     source: Path,
     out: Path,
     config: Mapping[str, Any] | None = None,
@@ -75,7 +75,7 @@ def _nothing_but_weights(source: Path, out: Path) -> None:
     shutil.copy(source / WEIGHTS, out)
 
 
-# Name: (what is particular, arguments of `edit`).
+# Name: (what is particular, arguments of `_edit`).
 _EDITS: dict[str, tuple[str, dict[str, Any]]] = {
     "float64": ("factors in float64", {"tensors": _cast(torch.float64)}),
     "float16": ("factors in float16", {"tensors": _cast(torch.float16)}),
@@ -107,45 +107,49 @@ _EDITS: dict[str, tuple[str, dict[str, Any]]] = {
     "fan-in-fan-out": ("`fan_in_fan_out` on linear layers", {"config": {"fan_in_fan_out": True}}),
     "nan": ("a NaN in a factor", {"tensors": _not_finite}),
     "unknown-setting": ("a setting that no PEFT knows", {"config": {"quantum_flux": 3}}),
-    "minimal": (
-        "a config of four settings",
-        {"drop": [], "config": {}},
-    ),
     "no-base-name": ("`base_model_name_or_path: null`", {"config": {"base_model_name_or_path": None}}),
 }
 
 
-def _edited(source: Path, arguments: Mapping[str, Any]) -> Write:
-    return lambda out: edit(source, out, **arguments)
-
-
 def make_adapters(shop: Workshop) -> None:
     """Adapters that somebody's script wrote."""
-    base = shop.base("llama")
-    plain = shop.root / "adapters" / "llama" / "peft-plain"
-    if not plain.exists():
-        train("llama", plain)
+    if shop.wants("llama"):
+        _of_llama(shop)
+    for family in filter(shop.wants, ("mixtral", "qwen3_moe")):
+        what, write = "per-expert factors, PEFT before 0.18", partial(_per_expert, family=family)
+        shop.add("refused", f"{family}/per-expert", what, write, shop.base(family))
+
+
+def _of_llama(shop: Workshop) -> None:
+    base, plain, ranked = shop.base("llama"), shop.adapter("llama/peft-plain"), shop.adapter("llama/peft-rank-12")
     for name, (what, arguments) in _EDITS.items():
-        if name == "minimal":
-            kept = {"peft_type", "r", "lora_alpha", "target_modules"}
-            arguments = {"drop": set(json.loads((plain / CONFIG).read_text())) - kept}
-        shop.add("refused", f"llama/{name}", what, _edited(plain, arguments), base)
+        shop.add("refused", f"llama/{name}", what, partial(_edit, plain, **arguments), base)
     # The rest of these says all there is to say.
-    stranger = partial(edit, plain, tensors=_with("base_model.model.model.gate.alpha", 3))
-    shop.add("refused", "llama/unknown-tensor", "a tensor that is no factor", stranger, base, "llama/peft-plain")
-    ranked = shop.root / "adapters" / "llama" / "peft-rank-12"
-    if ranked.exists():
-        write = partial(edit, ranked, drop=["r"])
-        shop.add("refused", "llama/no-rank", "no `r`, rank 12", write, base, "llama/peft-rank-12")
-    shop.add("refused", "llama/pickled", "`adapter_model.bin`", lambda out: _pickled(plain, out), base)
-    shop.add("refused", "llama/subfolder", "the adapter in a folder within", lambda out: _below(plain, out), base)
-    shop.add(
-        "refused", "llama/no-config", "no `adapter_config.json`", lambda out: _nothing_but_weights(plain, out), base
-    )
+    for name, what, source, arguments in (
+        (
+            "minimal",
+            "a config of four settings",
+            plain,
+            {"drop": _settings(plain) - {"peft_type", "r", "lora_alpha", "target_modules"}},
+        ),
+        (
+            "unknown-tensor",
+            "a tensor that is no factor",
+            plain,
+            {"tensors": _with("base_model.model.model.gate.alpha", 3)},
+        ),
+        ("no-rank", "no `r`, rank 12", ranked, {"drop": ["r"]}),
+    ):
+        write: Write = partial(_edit, source, **arguments)
+        shop.add("refused", f"llama/{name}", what, write, base, means=f"llama/{source.name}")
+    shop.add("refused", "llama/pickled", "`adapter_model.bin`", partial(_pickled, plain), base)
+    shop.add("refused", "llama/subfolder", "the adapter in a folder within", partial(_below, plain), base)
+    shop.add("refused", "llama/no-config", "no `adapter_config.json`", partial(_nothing_but_weights, plain), base)
     shop.add("refused", "llama/other-base", "an adapter of a wider model", _of_wider_model, base)
-    shop.add("refused", "mixtral/per-expert", "per-expert factors, PEFT before 0.18", _per_expert, shop.base("mixtral"))
-    of_qwen = partial(_per_expert, family="qwen3_moe")
-    shop.add("refused", "qwen3_moe/per-expert", "per-expert factors, PEFT before 0.18", of_qwen, shop.base("qwen3_moe"))
+
+
+def _settings(adapter: Path) -> set[str]:
+    return set(json.loads((adapter / CONFIG).read_text()))
 
 
 def _of_wider_model(out: Path) -> None:
@@ -185,44 +189,84 @@ def _per_expert(out: Path, family: str = "mixtral", experts: int = 4, rank: int 
     (out / CONFIG).write_text(json.dumps(settings))
 
 
+def _changed(base: Path, out: Path, tensors: Callable[[Tensors], Tensors] | None = None, **config: Any) -> None:
+    """A copy of a checkpoint with other tensors or other settings."""
+    shutil.copytree(base, out)
+    if tensors:
+        save_file(tensors(load_file(out / "model.safetensors")), out / "model.safetensors", {"format": "pt"})
+    settings = json.loads((out / "config.json").read_text()) | config
+    (out / "config.json").write_text(json.dumps(settings))
+
+
+def _one_in_float64(tensors: Tensors) -> Tensors:
+    return {name: value.double() if name.endswith("0.mlp.up_proj.weight") else value for name, value in tensors.items()}
+
+
+# Name: (what is unusual, arguments of `_changed`).
+_CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama/checkpoint-float64": ("one weight in float64", {"tensors": _one_in_float64}),
+    "llama/checkpoint-extra": ("a tensor that nobody expects", {"tensors": _with("model.extra.weight", 3)}),
+    "llama/checkpoint-missing": ("a norm missing", {"tensors": _without("model.norm")}),
+    "llama/checkpoint-biases": (
+        "biases that the config denies",
+        {"tensors": _with("model.layers.0.mlp.up_proj.bias", 256)},
+    ),
+}
+# Families whose config says whether the weights of the chosen experts are normalised.
+_NORMALISED = ("qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "flex_olmo")
+# Name: (what is unusual, settings of the config).
+_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_moe/checkpoint-some-dense": ("some layers dense", {"mlp_only_layers": [0]}),
+    "glm4_moe/checkpoint-all-sparse": ("every layer sparse", {"first_k_dense_replace": 0}),
+    "ernie4_5_moe/checkpoint-all-sparse": ("every layer sparse", {"moe_layer_start_index": 0}),
+    "ernie4_5_moe/checkpoint-one-shared": ("one shared expert", {"moe_num_shared_experts": 1}),
+    "ernie4_5_moe/checkpoint-none-shared": ("no shared expert", {"moe_num_shared_experts": 0}),
+}
+
+
 def make_checkpoints(shop: Workshop) -> None:
     """Checkpoints in which something is unusual."""
-
-    def changed(family: str, tensors: Callable[[Tensors], Tensors] | None = None, **config: Any) -> Write:
-        def write(out: Path) -> None:
-            shutil.copytree(shop.base(family), out)
-            if tensors:
-                save_file(tensors(load_file(out / "model.safetensors")), out / "model.safetensors", {"format": "pt"})
-            settings = json.loads((out / "config.json").read_text()) | config
-            (out / "config.json").write_text(
-                json.dumps({key: value for key, value in settings.items() if value != "absent"})
-            )
-
-        return write
-
-    one64 = lambda tensors: {n: t.double() if n.endswith("0.mlp.up_proj.weight") else t for n, t in tensors.items()}  # noqa: E731
-    for name, what, write in (
-        ("llama/checkpoint-float64", "one weight in float64", changed("llama", one64)),
-        ("llama/checkpoint-extra", "a tensor that nobody expects", changed("llama", _with("model.extra.weight", 3))),
-        ("llama/checkpoint-missing", "a norm missing", changed("llama", _without("model.norm"))),
-        (
-            "llama/checkpoint-biases",
-            "biases that the config denies",
-            changed("llama", _with("model.layers.0.mlp.up_proj.bias", 256)),
-        ),
-        ("llama/checkpoint-no-tokenizer", "no tokenizer", _without_tokenizer(shop.base("llama"))),
-        ("qwen3_moe/checkpoint-some-dense", "some layers dense", _some_dense),
-        ("qwen3_moe/checkpoint-top-k", "`norm_topk_prob: false`", changed("qwen3_moe", norm_topk_prob=False)),
-    ):
-        shop.add("refused", name, what, write)
-    for family in ("llama", "qwen2", "mixtral", "qwen3_moe"):
-        write = partial(models.older_config, shop.base(family))
-        shop.add("trained", f"{family}/saved-older", "the same with a config of transformers 4", write)
+    for name, (what, arguments) in _CHANGES.items():
+        family = name.partition("/")[0]
+        if shop.wants(family):
+            shop.add("refused", name, what, partial(_changed, shop.base(family), **arguments))
+    if shop.wants("llama"):
+        shop.add("refused", "llama/checkpoint-no-tokenizer", "no tokenizer", _without_tokenizer(shop.base("llama")))
+    for family in filter(shop.wants, _NORMALISED):
+        for name, value in (("true", True), ("false", False)):
+            write = partial(_changed, shop.older(family), norm_topk_prob=value)
+            shop.add("refused", f"{family}/checkpoint-top-k-{name}", f"`norm_topk_prob: {name}`", write)
+    for name, (what, settings) in _SETTINGS.items():
+        family = name.partition("/")[0]
+        if shop.wants(family):
+            shop.add("refused", name, what, partial(_remade, family, settings))
+    if shop.wants("glm4_moe"):
+        write = partial(_with_tokenizer_of, shop.base("glm4_moe"), shop.base("llama"))
+        shop.add("refused", "glm4_moe/checkpoint-other-tokenizer", "a Llama's tokenizer", write)
+    if shop.wants("ernie4_5_moe"):
+        write = partial(_changed, shop.older("ernie4_5_moe"), tensors=_no_router_bias)
+        shop.add("refused", "ernie4_5_moe/checkpoint-no-bias", "router biases of zero", write)
+    for family in filter(shop.wants, ("llama", "qwen2", *models.MIXTURES)):
+        older: Write = partial(models.older_config, shop.base(family))
+        shop.add("trained", f"{family}/saved-older", "the same with a config of transformers 4", older)
 
 
 def _without_tokenizer(base: Path) -> Write:
     return lambda out: shutil.copytree(base, out, ignore=shutil.ignore_patterns("tokenizer*"))
 
 
-def _some_dense(out: Path) -> None:
-    models.save(models.make("qwen3_moe", mlp_only_layers=[0]), out)
+def _with_tokenizer_of(base: Path, other: Path, out: Path) -> None:
+    shutil.copytree(base, out, ignore=shutil.ignore_patterns("tokenizer*"))
+    for path in other.glob("tokenizer*"):
+        shutil.copy(path, out)
+
+
+def _no_router_bias(tensors: Tensors) -> Tensors:
+    return {
+        name: torch.zeros_like(value) if name.endswith("e_score_correction_bias") else value
+        for name, value in tensors.items()
+    }
+
+
+def _remade(family: str, settings: Mapping[str, Any], out: Path) -> None:
+    models.save(models.make(family, **settings), out)

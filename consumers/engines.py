@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
-from consumers.jobs import AGAIN, NATIVE, Answer, Job, Work, read_answer, write_answer
+from consumers.jobs import AGAIN, NATIVE, Answer, Job, Work, forget_answer, read_answer, write_answer
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = ROOT / ".consumers"
@@ -91,6 +94,35 @@ def ask(engine: Engine, work: Work, folder: Path) -> None:
         if left == pending:
             raise RuntimeError(f"{engine.title} ended without a word on {left[0].name}; see {folder}/log.txt")
         pending = left
+
+
+def forget_changed(jobs: Sequence[Job], folders: Sequence[Path]) -> None:
+    """Remove answers about what had other bytes; the first folder has a record of what was asked about."""
+    record = folders[0] / "asked.json"
+    before = json.loads(record.read_text()) if record.exists() else {}
+    now = {job.name: [_fingerprint(Path(place)) for place in (job.base, job.adapter) if place] for job in jobs}
+    for name in now:
+        for folder in folders:
+            if now[name] != before.get(name):
+                forget_answer(folder, name)
+    folders[0].mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps({**before, **now}))
+
+
+@cache
+def _fingerprint(folder: Path) -> str:
+    """A hash of what an engine may read there. PEFT lists `target_modules` in a new order each time."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name not in ("README.md", "surgery.json"):
+            content = path.read_bytes()
+            if path.name == "adapter_config.json":
+                config = json.loads(content)
+                if isinstance(config.get("target_modules"), list):
+                    config["target_modules"].sort()
+                content = json.dumps(config, sort_keys=True).encode()
+            digest.update(f"{path.relative_to(folder)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def _pending(folder: Path, jobs: Sequence[Job]) -> list[Job]:

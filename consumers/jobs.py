@@ -83,12 +83,17 @@ def answer_path(folder: Path, name: str, ending: str) -> Path:
 def write_answer(folder: Path, name: str, answer: Answer) -> None:
     """Store an answer under the job's name; a later one replaces it."""
     folder.mkdir(parents=True, exist_ok=True)
-    for ending in ("npy", "txt"):
-        answer_path(folder, name, ending).unlink(missing_ok=True)
+    forget_answer(folder, name)
     if answer.logprobs is not None:
         np.save(answer_path(folder, name, "npy"), answer.logprobs.astype(np.float32))
     else:
         answer_path(folder, name, "txt").write_text(answer.refusal)
+
+
+def forget_answer(folder: Path, name: str) -> None:
+    """Remove the answer to a job, if there is one."""
+    for ending in ("npy", "txt"):
+        answer_path(folder, name, ending).unlink(missing_ok=True)
 
 
 def read_answer(folder: Path, name: str) -> Answer | None:

@@ -32,7 +32,28 @@ _TEXT = {
 _HEAD = {**_TEXT, "head_dim": 32}
 _TIED = {**_HEAD, "tie_word_embeddings": True}
 _NOT_GROUPED = {key: value for key, value in _TEXT.items() if key != "num_key_value_heads"}
-_MOE = {**_HEAD, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+_LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_ROUTED = {**_TEXT, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+_QWEN2_MOE = {**_ROUTED, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+_QWEN3_MOE = {**_ROUTED, "moe_intermediate_size": 64, "head_dim": 32}
+_GLM4_MOE = {
+    **_HEAD,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_ERNIE_MOE = {
+    **_TEXT,
+    "moe_num_experts": 4,
+    "moe_k": 2,
+    "moe_intermediate_size": 64,
+    "moe_num_shared_experts": 2,
+    "moe_layer_start_index": 1,
+}
 _GPT2 = {
     "vocab_size": VOCABULARY,
     "n_embd": 128,
@@ -54,11 +75,32 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi3": ("Phi3ForCausalLM", "Phi3Config", _TEXT),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2),
     "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", _NOT_GROUPED),
-    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_HEAD, "num_local_experts": 4}),
-    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", _MOE),
+    "granite": ("GraniteForCausalLM", "GraniteConfig", {**_TEXT, "attention_multiplier": 32**-0.5}),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", _TEXT),
+    "ernie4_5": ("Ernie4_5ForCausalLM", "Ernie4_5Config", _HEAD),
+    "hunyuan_v1_dense": ("HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", _HEAD),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_HEAD, **_LOCAL}),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", _QWEN2_MOE),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", _QWEN3_MOE),
+    "qwen3_moe_part": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**_QWEN3_MOE, "mlp_only_layers": [0]}),
+    "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", {**_ROUTED, "num_key_value_heads": 4}),
+    "flex_olmo": ("FlexOlmoForCausalLM", "FlexOlmoConfig", _ROUTED),
+    "granitemoe": ("GraniteMoeForCausalLM", "GraniteMoeConfig", {**_TEXT, **_LOCAL, "attention_multiplier": 32**-0.5}),
+    "glm4_moe": ("Glm4MoeForCausalLM", "Glm4MoeConfig", _GLM4_MOE),
+    "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM", "Ernie4_5_MoeConfig", _ERNIE_MOE),
+    "hunyuan_v1_moe": ("HunYuanMoEV1ForCausalLM", "HunYuanMoEV1Config", {**_HEAD, "num_experts": 4, "moe_topk": 2}),
 }
+# Those with experts.
+MIXTURES = tuple(name for name in FAMILIES if "moe" in name or name in ("mixtral", "flex_olmo"))
 # Families whose tokenizer is byte-level BPE and nothing else; the others take a SentencePiece model.
-_BYTE_LEVEL = ("gpt2", "gpt_neox", "qwen2", "qwen3", "qwen3_moe")
+_BYTE_LEVEL = (
+    *("gpt2", "gpt_neox", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "granitemoe", "glm4_moe"),
+    *("hunyuan_v1_moe", "hunyuan_v1_dense", "granite", "olmo2"),
+)
+
+
+# Those of GLM are what llama.cpp's converter looks up.
+_SPECIAL = ("<unk>", "<s>", "</s>", "[gMASK]", "<|user|>", "<|endoftext|>", "<|observation|>")
 
 
 def make(family: str, seed: int = 0, **settings: Any) -> Any:
@@ -143,6 +185,13 @@ def older_config(base: Path, folder: Path) -> Path:
     config |= {"rope_theta": rope.get("rope_theta", 10000.0), "torch_dtype": config.get("dtype", "bfloat16")}
     if "num_local_experts" in config:
         config.setdefault("num_experts", config["num_local_experts"])
+    if "partial_rotary_factor" in rope:
+        config |= {"partial_rotary_factor": rope["partial_rotary_factor"], "rope_scaling": None}
+    if config["model_type"] == "hunyuan_v1_moe":
+        each = {"moe_intermediate_size": config["intermediate_size"], "moe_topk": config["moe_topk"]}
+        config |= {
+            name: [value] * config["num_hidden_layers"] for name, value in (each | {"num_shared_expert": 1}).items()
+        }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -150,13 +199,13 @@ def older_config(base: Path, folder: Path) -> Path:
 def _byte_level(folder: Path) -> None:
     """A byte-level BPE tokenizer of `VOCABULARY` tokens as `tokenizer.json`."""
     alphabet = sorted(_bytes_as_characters())
-    words = ["<unk>", "<s>", "</s>", *alphabet]
+    words = [*_SPECIAL, *alphabet]
     words += [f"{one}{other}" for one in alphabet[:16] for other in alphabet[:16]][: VOCABULARY - len(words)]
     merges = [[word[0], word[1]] for word in words if word[0] in alphabet and len(word) == 2]
     special = [
         {"id": index, "content": words[index], "special": True}
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        for index in range(3)
+        for index in range(len(_SPECIAL))
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     model = {"type": "BPE", "vocab": {word: index for index, word in enumerate(words)}, "merges": merges}

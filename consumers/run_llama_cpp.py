@@ -67,7 +67,7 @@ def _convert(script: str, *arguments: str | Path) -> None:
     except SystemExit as stop:
         if stop.code:
             raise ConversionError(f"{script}: {' '.join(record.lines) or stop.code}") from stop
-    except Exception as error:
+    except Exception as error:  # a converter may raise anything: KeyError, AssertionError, its own
         raise ConversionError(f"{script}: {type(error).__name__}: {error}") from error
     finally:
         sys.argv = before
@@ -101,7 +101,7 @@ def _run(model: Path, adapter: Path | None, prompts: Sequence[Sequence[int]], fo
                 flash_attn=False,
                 n_threads=2,
             )
-        except Exception as error:
+        except (ValueError, RuntimeError) as error:  # of the model, of the adapter; the reason is in what was printed
             lines = [line for line in said().splitlines() if "error" in line.lower() or "failed" in line.lower()]
             raise RuntimeError("; ".join([*lines[-3:], str(error)])) from error
         rows = []

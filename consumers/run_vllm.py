@@ -32,7 +32,7 @@ def _run(base: str, jobs: Sequence[Job], work: Work, answers: Path) -> None:
         return
     try:
         engine = _engine(base, jobs[0].adapter is not None, work.settings)
-    except Exception as error:
+    except Exception as error:  # loading may raise anything: that is the answer
         for job in jobs:
             write_answer(answers, job.name, refusal(error))
         _start_anew()
@@ -80,7 +80,7 @@ def _answer(engine: Any, job: Job, number: int, prompts: Sequence[Sequence[int]]
     if request:
         try:
             engine.llm_engine.add_lora(request)
-        except Exception as error:
+        except Exception as error:  # whatever it raises is the answer
             write_answer(answers, job.name, refusal(error))
             return
     attempt(answers, job.name, partial(_logprobs, engine, request, prompts))

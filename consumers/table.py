@@ -18,6 +18,9 @@ What engines do with the adapters and checkpoints that this project writes, with
 write, and with some that are broken on purpose; found by loading each into each engine. `make consumers` installs the
 engines, one virtual environment each below `.consumers/` (see [the end](#how-to-run-it)), and writes this page.
 
+A converted adapter is held to what its source means, a restored checkpoint to the fine-tune, an upcycled one to the
+dense model.
+
 Every model is a tiny one with random weights, stored in bfloat16 and computed in float32. A number is the largest
 difference, in nats, of any log-probability of the token after any of six prompts, from the reference: transformers on
 the base with the adapter merged into it in float32, and where an adapter cannot be merged, PEFT. Up to the tolerance
@@ -29,6 +32,7 @@ something else.
 
 _SECTIONS = (
     ("written", True, "Adapters that this project writes"),
+    ("exchanged", True, "Adapters converted to PEFT's format"),
     ("converted", True, "Adapters converted for MLX"),
     ("written", False, "Checkpoints that this project writes"),
     ("trained", True, "Adapters that PEFT writes"),
@@ -130,7 +134,7 @@ def cell(outcome: Outcome | None) -> str:
         )
         return text if outcome.agreed else f"{text}; lint warns in vain: {_rules(outcome)}"
     if outcome.what == UNTRIED:
-        return "not run"
+        return "not run" if outcome.difference is None else f"{outcome.difference:.0e}: {outcome.text}"
     if outcome.what == REFUSED:
         text = "refused"
     else:

@@ -42,6 +42,11 @@ def _train(family: str, settings: Mapping[str, Any]) -> Write:
     return lambda out: train(family, out, **settings)
 
 
+_FUSED: dict[str, Any] = {
+    "target_modules": QV,
+    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
+
 # Name: (how it came to be, settings of LoraConfig).
 _LORA: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("rank 8, alpha 16", {}),
@@ -72,28 +77,27 @@ _LORA: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Name: likewise, for other families.
+_OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2/peft-bias": ("`bias='all'`", {"bias": "all", "target_modules": QV}),
+    "qwen3/peft-embeddings": (
+        "`embed_tokens` targeted, tied embeddings",
+        {"target_modules": [*LINEAR, "embed_tokens"]},
+    ),
+    "qwen3/peft-head": ("`lm_head` targeted, tied embeddings", {"target_modules": [*LINEAR, "lm_head"]}),
+    "mixtral/peft-fused": ("`target_parameters`, fused experts", _FUSED),
+    "qwen3_moe/peft-fused": ("`target_parameters`, fused experts", _FUSED),
+    "gpt2/peft-plain": (
+        "Conv1D, `fan_in_fan_out`",
+        {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
+    ),
+}
+
+
 def make_trained(shop: Workshop) -> None:
-    """One adapter for each row of the table, and those of other families."""
-    base = shop.base("llama")
-    for name, (what, settings) in _LORA.items():
-        shop.add("trained", f"llama/peft-{name}", f"PEFT: {what}", _train("llama", settings), base)
-    base = shop.base("qwen2")
-    biased: dict[str, Any] = {"bias": "all", "target_modules": QV}
-    shop.add("trained", "qwen2/peft-bias", "PEFT: `bias='all'`", _train("qwen2", biased), base)
-    base = shop.base("qwen3")
-    for name, module in (("embeddings", "embed_tokens"), ("head", "lm_head")):
-        tied: dict[str, Any] = {"target_modules": [*LINEAR, module]}
-        what = f"PEFT: `{module}` targeted, tied embeddings"
-        shop.add("trained", f"qwen3/peft-{name}", what, _train("qwen3", tied), base)
-    for family in filter(shop.wants, ("mixtral", "qwen3_moe")):
-        base = shop.base(family)
-        fused: dict[str, Any] = {
-            "target_modules": QV,
-            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-        }
-        what = "PEFT: `target_parameters`, fused experts"
-        shop.add("trained", f"{family}/peft-fused", what, _train(family, fused), base)
-    base = shop.base("gpt2")
-    what = "PEFT: Conv1D, `fan_in_fan_out`"
-    conv: dict[str, Any] = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
-    shop.add("trained", "gpt2/peft-plain", what, _train("gpt2", conv), base)
+    """One adapter for each row of the tables."""
+    rows = {f"llama/peft-{name}": row for name, row in _LORA.items()} | _OTHERS
+    for name, (what, settings) in rows.items():
+        family = name.partition("/")[0]
+        if shop.wants(family):
+            shop.add("trained", name, f"PEFT: {what}", _train(family, settings), shop.base(family))

@@ -42,6 +42,8 @@ class Family:
         renames: applied in order to a stored name, these give the in-memory name.
         experts: how stored experts are stacked in memory, if they are.
         routers: in-memory modules that hold a router as a bare parameter and not as a linear layer (full match).
+        taken_for_experts: last parts of names that PEFT takes for projections of transformers 4's experts wherever
+            they are in the model; what is called so and is none is targeted as a parameter.
         transposed: stored two-dimensional weights that are (in, out), as transformers' Conv1D has them (full match).
         transposed_stacks: whether stored three-dimensional experts are (expert, in, out).
     """
@@ -51,6 +53,7 @@ class Family:
     renames: tuple[Rename, ...] = ()
     experts: ExpertNames | None = None
     routers: re.Pattern[str] | None = None
+    taken_for_experts: frozenset[str] = frozenset()
     transposed: re.Pattern[str] | None = None
     transposed_stacks: bool = False
 
@@ -69,6 +72,8 @@ _GATED_EXPERTS = ExpertNames(
     re.compile(r"(?P<module>.*\.experts)\.(?P<expert>\d+)\.(?P<projection>gate_proj|up_proj|down_proj)\.weight"),
     (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))),
 )
+# peft 0.21.2, utils/transformers_weight_conversion.py: _MOE_TARGET_MODULE_MAPPING, without the router.
+_GATED = frozenset({"gate_proj", "up_proj", "down_proj"})
 _VIT_RENAMES = (
     (r"\bencoder\.layer\.", "layers."),
     (r"\battention\.attention\.query\b", "attention.q_proj"),
@@ -118,10 +123,10 @@ FAMILIES: tuple[Family, ...] = (
         experts=_MIXTRAL_EXPERTS,
         routers=re.compile(r".*\.mlp\.router"),
     ),
+    Family(("qwen2_moe",), "model", experts=_GATED_EXPERTS, routers=re.compile(r".*\.mlp\.gate")),
     Family(
         (
             *(
-                "qwen2_moe",
                 "qwen3_moe",
                 "qwen3_next",
                 "olmoe",
@@ -136,6 +141,7 @@ FAMILIES: tuple[Family, ...] = (
         "model",
         experts=_GATED_EXPERTS,
         routers=re.compile(r".*\.mlp\.gate"),
+        taken_for_experts=_GATED,
     ),
     Family(
         ("ernie4_5_moe",),
@@ -143,6 +149,7 @@ FAMILIES: tuple[Family, ...] = (
         renames=_renames((r"\.mlp\.moe_statics\.", ".mlp.gate.moe_statics.")),
         experts=_GATED_EXPERTS,
         routers=re.compile(r".*\.mlp\.gate"),
+        taken_for_experts=_GATED,
     ),
     Family(("jamba",), "model", experts=_GATED_EXPERTS),
     Family(("lfm2_moe",), "model", experts=_MIXTRAL_EXPERTS),

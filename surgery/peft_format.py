@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from surgery.checkpoint import Checkpoint, StoredTensor
+from surgery.families import family_of
 from surgery.names import natural_key, split_parameter
 from surgery.sites import Kind, Site
 
@@ -162,8 +163,11 @@ def adapter_config(
         checkpoint: the tuned checkpoint, for its task.
         base_name: `base_model_name_or_path`.
     """
-    targets = [site.name for site in sites.values() if site.kind is not Kind.PARAMETER]
-    parameters = [site.name for site in sites.values() if site.kind is Kind.PARAMETER]
+    mistaken = family_of(checkpoint.model_type).taken_for_experts
+    named = {name: _as_parameter(site, mistaken) for name, site in sites.items()}
+    targets = [name for name, parameter in named.items() if parameter is None]
+    parameters = [parameter for parameter in named.values() if parameter is not None]
+    ranks = {named[name] or name: rank for name, rank in ranks.items()}
     fan_in_fan_out = any(piece.transposed for name in targets for matrix in sites[name].matrices for piece in matrix)
     return lora_config(
         alpha,
@@ -176,6 +180,14 @@ def adapter_config(
         target_parameters=sorted(parameters, key=natural_key) or None,
         task_type=task_type(checkpoint, residual),
     )
+
+
+def _as_parameter(site: Site, mistaken: Collection[str]) -> str | None:
+    """The parameter under which PEFT finds a site; None for a module."""
+    if site.kind is Kind.PARAMETER:
+        return site.name
+    last = site.name.rpartition(".")[2]
+    return f"{site.name}.weight" if last in mistaken and site.part != "experts" else None
 
 
 def lora_config(alpha: int, ranks: Mapping[str, int], base_name: str | None, **settings: object) -> dict[str, object]:

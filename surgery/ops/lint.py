@@ -2,14 +2,15 @@
 
 A rule is a function that looks at headers and configs and yields one sentence for each fault, with what was found and
 what is expected; beside it stand the consumer, how bad it is, the source of the fact and the command that mends it.
-Rules on adapters are in `lint_adapters`, those on checkpoints in `lint_checkpoints`.
+Rules on adapters are in `lint_adapters`, `lint_servers` and `lint_mlx`, those on checkpoints in `lint_checkpoints` and
+`lint_mixtures`. An adapter is no better than its base: what a consumer refuses or gets wrong there counts for both.
 """
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -126,24 +127,42 @@ def lint(
         consumers: which, of `CONSUMERS`.
         base: the model of an adapter, for the rules that depend on it.
     """
-    from surgery.ops import lint_adapters, lint_servers
+    from surgery.ops import lint_adapters, lint_mlx, lint_servers
     from surgery.ops.lint_subject import AdapterFiles
 
     check_consumers(consumers)
+    of_checkpoints = _tried([*lint_checkpoints.rule.all, *lint_mixtures.rule.all], consumers)
     if is_adapter_place(place):
         kind, files = format_of(place)
         adapter = AdapterFiles(kind, files, base)
-        rules = [*lint_adapters.rule.all, *lint_servers.rule.all]
-        return _report(files.label, "adapter", kind, adapter, rules, consumers)
+        rules = _tried([*lint_adapters.rule.all, *lint_servers.rule.all, *lint_mlx.rule.all], consumers)
+        findings = [finding for one in rules for finding in _findings(one, adapter, files.label)]
+        if base is not None and base.model_type:
+            findings += _of_base(base, consumers)
+        return _report(files.label, "adapter", kind, findings, len(rules), consumers)
     return lint_checkpoint(open_checkpoint(place) if isinstance(place, Path) else read_checkpoint(place), consumers)
 
 
 def lint_checkpoint(checkpoint: Checkpoint, consumers: Sequence[str]) -> LintReport:
     """Try the rules on a checkpoint that is open, or only planned."""
-    from surgery.ops import lint_checkpoints
+    from surgery.ops import lint_checkpoints, lint_mixtures
 
-    rules = lint_checkpoints.rule.all
-    return _report(checkpoint.label, "checkpoint", checkpoint.model_type, checkpoint, rules, consumers)
+    rules = _tried([*lint_checkpoints.rule.all, *lint_mixtures.rule.all], consumers)
+    findings = [finding for one in rules for finding in _findings(one, checkpoint, checkpoint.label)]
+    return _report(checkpoint.label, "checkpoint", checkpoint.model_type, findings, len(rules), consumers)
+
+
+def _tried(rules: Sequence[Rule[Subject]], consumers: Sequence[str]) -> list[Rule[Subject]]:
+    return [rule for rule in rules if rule.consumer in consumers]
+
+
+def _of_base(base: Checkpoint, consumers: Sequence[str]) -> list[Finding]:
+    """What spoils the base of an adapter. That it has no tokenizer does not: the adapter needs none."""
+    return [
+        replace(finding, message=f"its base, {base.label}: {finding.message}")
+        for finding in lint_checkpoint(base, consumers).findings
+        if finding.severity != WARNING and not finding.rule.endswith("tokenizer")
+    ]
 
 
 def check_consumers(consumers: Sequence[str]) -> None:
@@ -166,10 +185,8 @@ def is_adapter_place(place: Folder | Path) -> bool:
 
 
 def _report(
-    label: str, subject: str, kind: str, item: Subject, rules: Sequence[Rule[Subject]], consumers: Sequence[str]
+    label: str, subject: str, kind: str, findings: Sequence[Finding], rules: int, consumers: Sequence[str]
 ) -> LintReport:
-    tried = [rule for rule in rules if rule.consumer in consumers]
-    findings = [finding for rule in tried for finding in _findings(rule, item, label)]
     # A consumer that refuses the whole folder has nothing to say about its parts.
     closed = {finding.consumer for finding in findings if finding.rule.endswith("/format")}
     kept = [one for one in findings if one.consumer not in closed or one.rule.endswith("/format")]
@@ -177,7 +194,7 @@ def _report(
         consumer: max((one.severity for one in kept if one.consumer == consumer), key=_ORDER.index, default=CLEAN)
         for consumer in consumers
     }
-    return LintReport(label, subject, kind, verdicts, tuple(kept), len(tried))
+    return LintReport(label, subject, kind, verdicts, tuple(kept), rules)
 
 
 def _findings(rule: Rule[Subject], item: Subject, label: str) -> Iterator[Finding]:

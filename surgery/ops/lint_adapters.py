@@ -1,4 +1,4 @@
-"""Rules on adapters that PEFT, llama.cpp and mlx-lm have, and on the format as a whole. Sources: `lint_subject`."""
+"""Rules on adapters that PEFT and llama.cpp have, and on the format as a whole. Sources: `lint_subject`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from surgery.errors import FormatError
+from surgery.families import family_of
 from surgery.ops.directory import head_tied_to
 from surgery.ops.lint import REFUSED, SILENT, Rules, some
 from surgery.ops.lint_servers import other_forward
@@ -28,6 +29,8 @@ from surgery.patterns import compile_pattern
 from surgery.sites import Kind, find_sites, memory_names
 
 rule: Rules[AdapterFiles] = Rules()
+# Those of Mixtral's kind for which PEFT stacks experts; see also `Family.taken_for_experts`.
+_MAPPED = ("mixtral", "minimax", "minimax_m2")
 
 
 # The format as a whole ------------------------------------------------------------------------------------------------
@@ -125,6 +128,30 @@ def _experts_of_one_rank(adapter: AdapterFiles) -> Iterator[str]:
             return
 
 
+@rule(
+    "peft/router-rank",
+    REFUSED,
+    "peft 0.21.2, utils/transformers_weight_conversion.py: a router beside experts becomes a parameter of rank r",
+    FUSE,
+)
+def _router_of_one_rank(adapter: AdapterFiles) -> Iterator[str]:
+    default = adapter.config.get("r")
+    for module, rank in adapter.ranks.items():
+        if adapter.experts and is_router(module) and rank != default and not adapter.is_parameter(module):
+            yield f"{module!r} has rank {rank}, expected r, {default!r}, of the router beside experts one by one"
+            return
+
+
+@rule("peft/one-by-one", REFUSED, "peft 0.21.2, utils/transformers_weight_conversion.py: no map for the family", FUSE)
+def _experts_one_by_one(adapter: AdapterFiles) -> Iterator[str]:
+    if adapter.base is None or not adapter.experts:
+        return
+    family = family_of(adapter.base.model_type)
+    stacked = family.experts is not None and adapter.base.model_type not in _MAPPED and not family.taken_for_experts
+    if stacked:
+        yield f"{min(adapter.experts)!r} has LoRAs one by one, which PEFT stacks for other families only"
+
+
 @rule("peft/parameters", REFUSED, "peft 0.21.2, tuners/lora/layer.py: ParamWrapper", PER_EXPERT)
 def _parameters_take_plain_loras(adapter: AdapterFiles) -> Iterator[str]:
     if not adapter.fused:
@@ -156,7 +183,11 @@ def _targets(adapter: AdapterFiles) -> Iterator[str]:
     if targets is None:
         yield "adapter_config.json has no target_modules: PEFT takes those that it has for the model type"
         return
-    left = [module for module in adapter.factors if not _is_target(module, targets) and not is_router(module)]
+    left = [
+        module
+        for module in adapter.factors
+        if not (_is_target(module, targets) or adapter.is_parameter(module) or is_router(module))
+    ]
     if left:
         yield f"{some(left)}: not among target_modules, {some(targets) if isinstance(targets, list) else targets!r}"
 
@@ -327,43 +358,3 @@ def _tied_embeddings(adapter: AdapterFiles) -> Iterator[str]:
 def _tied_head(adapter: AdapterFiles) -> Iterator[str]:
     if "lm_head" in adapter.factors and adapter.base is not None and head_tied_to(adapter.base) is not None:
         yield f"'lm_head' has factors, and {adapter.base.label} has its head tied to its embedding"
-
-
-# MLX ------------------------------------------------------------------------------------------------------------------
-
-
-@rule("mlx/parameters", REFUSED, "mlx-lm 0.32.2, tuner/utils.py: linear_to_lora_layers", TO_PEFT)
-def _mlx_parameters(adapter: AdapterFiles) -> Iterator[str]:
-    if adapter.format != "mlx" or adapter.config.get("fine_tune_type") == "full":
-        return
-    parameters = adapter.config.get("lora_parameters")
-    missing = [
-        name for name in ("rank", "scale", "dropout") if not isinstance(parameters, dict) or name not in parameters
-    ]
-    if missing:
-        yield f"lora_parameters has no {some(missing)}"
-    if "num_layers" not in adapter.config:
-        yield "adapter_config.json has no 'num_layers'"
-
-
-@rule(
-    "mlx/keys",
-    REFUSED,
-    "mlx-lm 0.32.2, tuner/utils.py: load_adapters, 'not an adapter parameter in the model'",
-    TO_PEFT,
-)
-def _mlx_keys(adapter: AdapterFiles) -> Iterator[str]:
-    wrong = [key for key in adapter.files.tensors if key.rpartition(".")[2] not in ("lora_a", "lora_b", "m")]
-    if adapter.format == "mlx" and wrong and adapter.config.get("fine_tune_type") != "full":
-        yield f"{some(wrong)}: expected lora_a, lora_b and m only"
-
-
-@rule("mlx/rank", REFUSED, "mlx-lm 0.32.2, tuner/utils.py: load_adapters compares shapes", TO_MLX)
-def _mlx_rank(adapter: AdapterFiles) -> Iterator[str]:
-    parameters = adapter.config.get("lora_parameters")
-    rank = parameters.get("rank") if isinstance(parameters, dict) else None
-    for key, tensor in adapter.files.tensors.items():
-        is_a = adapter.format == "mlx" and key.endswith(".lora_a") and len(tensor.shape) in (2, 3)
-        if is_a and tensor.shape[1] != rank:
-            yield f"{key!r} has rank {tensor.shape[1]}, lora_parameters say {rank!r}"
-            return

@@ -1,4 +1,4 @@
-"""Rules on checkpoints, mixtures of experts among them. Sources as in `lint_adapters`.
+"""Rules on checkpoints of any kind; those on mixtures of experts are in `lint_mixtures`. Sources as in `lint_adapters`.
 
 Beside those: transformers 5.23, mlx-lm 0.32.2 (`utils.py`, `models/`), llama.cpp's `conversion/` as of
 llama-cpp-python 0.3.36, vLLM 0.32.0 (`config/model.py`, `model_executor/models/`).
@@ -12,7 +12,6 @@ from surgery.checkpoint import Checkpoint, StoredTensor
 from surgery.families import part_of
 from surgery.hashing import hash_tensor
 from surgery.moe_families import MODEL_TYPE_PREFIX
-from surgery.names import expert_of, layer_of
 from surgery.ops.lint import REFUSED, SILENT, WARNING, Rules, some
 from surgery.ops.lint_tables import (
     LLAMA_CPP_ARCHITECTURES,
@@ -24,7 +23,6 @@ from surgery.ops.lint_tables import (
 from surgery.sites import vocabulary_of
 
 rule: Rules[Checkpoint] = Rules()
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CONVERT = "llama.cpp (llama-cpp-python 0.3.36), conversion/base.py"
 
 
@@ -98,12 +96,6 @@ def _head(checkpoint: Checkpoint) -> Iterator[str]:
 def _n_ctx(checkpoint: Checkpoint) -> Iterator[str]:
     if checkpoint.model_type == "gpt2" and "n_ctx" not in checkpoint.config:
         yield "config.json of a GPT-2 has no 'n_ctx', expected the length of the context"
-
-
-@rule("llama.cpp/top-k", SILENT, "measured with llama-cpp-python 0.3.36: it normalises in any case, 0.8 nats off")
-def _normalised_top_k(checkpoint: Checkpoint) -> Iterator[str]:
-    if checkpoint.model_type == "qwen3_moe" and not checkpoint.config.get("norm_topk_prob"):
-        yield "norm_topk_prob is not true, and the weights of the chosen experts will be normalised nevertheless"
 
 
 @rule("mlx/dtypes", REFUSED, "measured with mlx-lm 0.32.2: 'unsupported dtype F64'")
@@ -217,63 +209,3 @@ def _tokenizer(checkpoint: Checkpoint) -> Iterator[str]:
         return
     if not known & set(checkpoint.folder.names()):
         yield "there is no tokenizer in the folder"
-
-
-# Mixtures of experts --------------------------------------------------------------------------------------------------
-
-
-def _experts(checkpoint: Checkpoint) -> dict[int, set[int]]:
-    """Layer to the numbers of the experts stored one by one."""
-    found: dict[int, set[int]] = {}
-    for name in checkpoint.tensors:
-        layer, expert = layer_of(name), expert_of(name)
-        if layer is not None and expert is not None:
-            found.setdefault(layer, set()).add(expert)
-    return found
-
-
-@rule("peft/experts", REFUSED, "transformers 5.23, core_model_loading.py: experts are stacked on loading")
-@rule("vllm/experts", REFUSED, "vLLM 0.32.0, model_executor/models/qwen3_moe.py: weights of all experts are expected")
-@rule("llama.cpp/experts", REFUSED, "llama.cpp (llama-cpp-python 0.3.36), conversion/llama.py: 'Unprocessed experts'")
-@rule("mlx/experts", REFUSED, "mlx-lm 0.32.2, models/mixtral.py: sanitize looks every expert up")
-def _every_expert(checkpoint: Checkpoint) -> Iterator[str]:
-    count = next((checkpoint.text_config[key] for key in _COUNTS if key in checkpoint.text_config), None)
-    for layer, experts in _experts(checkpoint).items():
-        if isinstance(count, int) and experts != set(range(count)):
-            yield f"layer {layer} has {len(experts)} experts, up to number {max(experts)}; config.json says {count}"
-            return
-
-
-@rule(
-    "llama.cpp/mixed-layers",
-    REFUSED,
-    "llama.cpp (llama-cpp-python 0.3.36), gguf tensor tables; measured: 'Can not map tensor'",
-)
-def _mixed_layers(checkpoint: Checkpoint) -> Iterator[str]:
-    if checkpoint.model_type not in ("qwen2_moe", "qwen3_moe"):
-        return
-    sparse = set(_experts(checkpoint))
-    dense = {layer_of(name) for name in checkpoint.tensors if name.endswith(".mlp.down_proj.weight")} - sparse
-    if sparse and dense:
-        layers = ", ".join(str(layer) for layer in sorted(layer for layer in dense if layer is not None))
-        yield f"layers {layers} are dense and the others have experts, which {checkpoint.model_type} has no tensors for"
-
-
-@rule("mlx/fused-experts", REFUSED, "mlx-lm 0.32.2, models/qwen3_moe.py: sanitize stacks experts stored one by one")
-def _fused_experts_of_mlx(checkpoint: Checkpoint) -> Iterator[str]:
-    if checkpoint.model_type in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"):
-        yield from _fused(checkpoint)
-
-
-@rule(
-    "llama.cpp/fused-experts", REFUSED, "llama.cpp (llama-cpp-python 0.3.36), conversion/llama.py: no case for stacks"
-)
-def _fused_experts_of_llama_cpp(checkpoint: Checkpoint) -> Iterator[str]:
-    if checkpoint.model_type == "mixtral":
-        yield from _fused(checkpoint)
-
-
-def _fused(checkpoint: Checkpoint) -> Iterator[str]:
-    fused = [name for name in checkpoint.tensors if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
-    if fused:
-        yield f"{some(fused)}: the experts are stored fused, expected one by one"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from surgery.names import layer_of
 from surgery.ops.lint import REFUSED, SILENT, Rules, some
 from surgery.ops.lint_subject import CHANGED_BASE, GGUF, HELPER, MERGE, PER_EXPERT, TO_PEFT, AdapterFiles
-from surgery.ops.lint_tables import VLLM_3D_EXPERTS, VLLM_DEFAULT_MAX_RANK, VLLM_RANKS
+from surgery.ops.lint_tables import VLLM_3D_EXPERTS, VLLM_BY_TRANSFORMERS, VLLM_DEFAULT_MAX_RANK, VLLM_RANKS
 
 rule: Rules[AdapterFiles] = Rules()
 
@@ -137,6 +137,12 @@ def _fused_experts_of_vllm(adapter: AdapterFiles) -> Iterator[str]:
         )
     elif adapter.fused and any(f"{module}.base_layer" not in adapter.factors for module in _outer(adapter)):
         yield f"{adapter.fused[0]!r} has a LoRA on one of gate_up_proj and down_proj only, expected both"
+
+
+@rule("vllm/one-by-one", REFUSED, "measured with vLLM 0.32.0, lora/lora_weights.py: an assertion in pack_moe", MERGE)
+def _one_by_one_in_vllm(adapter: AdapterFiles) -> Iterator[str]:
+    if adapter.experts and adapter.base is not None and adapter.base.architecture in VLLM_BY_TRANSFORMERS:
+        yield f"{min(adapter.experts)!r} has LoRAs one by one, and vLLM runs the model through transformers' code"
 
 
 def _outer(adapter: AdapterFiles) -> list[str]:

@@ -81,14 +81,20 @@ class AdapterFiles:
                 found.setdefault(match["module"], {}).setdefault(int(match["expert"]), set()).add(match["projection"])
         return found
 
+    def is_parameter(self, module: str) -> bool:
+        """Whether a module is targeted by its weight, in `target_parameters`."""
+        targets = self.config.get("target_parameters")
+        return isinstance(targets, list) and any(f".{module}.weight".endswith(f".{target}") for target in targets)
+
     def pattern(self, name: str) -> dict[str, object]:
         value = self.config.get(name)
         return value if isinstance(value, dict) else {}
 
     def configured(self, module: str, pattern: str, default: str) -> object:
         """What the config says of a module: the first pattern that means it, else the default."""
+        name = f"{module}.weight" if self.is_parameter(module) else module
         try:
-            return first_match(self.pattern(pattern), module, self.config.get(default))
+            return first_match(self.pattern(pattern), name, self.config.get(default))
         except FormatError:
             return None
 

@@ -95,6 +95,15 @@ MLX_ROPE_DEFAULT: dict[str, float] = {
     "seed_oss": 10_000.0,
 }
 
+# Models of mlx-lm whose routers are layers of their own, which take no LoRA.
+MLX_OWN_ROUTERS = frozenset(
+    """
+    bailing_hybrid bailing_moe bailing_moe_linear bailing_moe_v3 dbrx deepseek deepseek_v2 deepseek_v3 deepseek_v32
+    deepseek_v41 dots1 exaone_moe gemma4_text glm4_moe glm4_moe_lite glm_moe_dsa hunyuan laguna longcat_flash
+    mimo_v2_flash muse_spark nemotron_h
+    """.split()
+)
+
 LLAMA_CPP_ARCHITECTURES = frozenset(
     """
     AfmoeForCausalLM ApertusForCausalLM ArceeForCausalLM ArcticForCausalLM AudioFlamingo3ForConditionalGeneration
@@ -169,5 +178,7 @@ VLLM_3D_EXPERTS = frozenset(
         "Qwen3_5MoeForConditionalGeneration",
     }
 )
+# Mixtures of experts that vLLM has no model of its own for, and runs through transformers' code.
+VLLM_BY_TRANSFORMERS = frozenset({"FlexOlmoForCausalLM", "HunYuanMoEV1ForCausalLM"})
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT_MAX_RANK = 16

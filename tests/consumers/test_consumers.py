@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from consumers.artefacts import make_all
-from consumers.engines import ENGINES, Engine, ask
+from consumers.engines import ENGINES, Engine, ask, forget_changed
 from consumers.jobs import Answer, Job, Work, read_answer, write_answer
 from consumers.run_peft import main as run_peft
 from consumers.run_truth import main as run_truth
 from consumers.table import cell, page, tidy
-from consumers.verdicts import REFUSED, SAME, WRONG, Outcome, judge, lint_all, reference
+from consumers.verdicts import REFUSED, SAME, UNTRIED, WRONG, Outcome, judge, lint_all, reference
+from consumers.workshop import Artefact
 
 CLEAN = ("clean", ())
 VLLM = next(engine for engine in ENGINES if engine.name == "vllm")
@@ -64,6 +65,17 @@ def test_lint_agrees_if_it_lets_pass_what_works_and_names_what_does_not() -> Non
     assert outcome(SAME, "warning", ("vllm/max-lora-rank",), setting="--max-lora-rank 512").agreed
 
 
+def test_faults_of_a_build_are_not_held_against_the_engine(tmp_path: Path) -> None:
+    """Only where it has the fault; the same family is tried as any other."""
+    ernie, llama = (Artefact(name, "", "trained", tmp_path, tmp_path) for name in ("ernie4_5_moe/x", "llama/x"))
+    right = np.zeros((2, 5), np.float32)
+    found = judge(ernie, VLLM, numbers(2), right, CLEAN)
+    assert (found.what, found.agreed) == (UNTRIED, True)
+    assert cell(found) == "2e+00: its CPU build leaves out the router's bias"
+    assert judge(ernie, VLLM, numbers(0), right, CLEAN).what == SAME
+    assert judge(llama, VLLM, numbers(2), right, CLEAN).what == WRONG
+
+
 def test_an_engine_that_dies_is_started_anew_for_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The job at which it died is answered with how."""
     from consumers import engines
@@ -82,6 +94,45 @@ def test_an_engine_that_dies_is_started_anew_for_the_rest(tmp_path: Path, monkey
     assert [answer.refusal if answer else None for answer in answers] == ["", "the process crashed: SIGSEGV", ""]
 
 
+def test_answers_about_what_has_other_bytes_now_are_forgotten(tmp_path: Path) -> None:
+    from consumers import engines
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for folder in (base, adapter):
+        folder.mkdir()
+    (base / "config.json").write_text("{}")
+    (adapter / "adapter_config.json").write_text('{"r": 2, "target_modules": ["q", "k"]}')
+    jobs = [Job("llama/saved", str(base)), Job("llama/x", str(base), str(adapter))]
+    folders = [tmp_path / "answers", tmp_path / "answers-again"]
+
+    def asked() -> list[bool]:
+        engines._fingerprint.cache_clear()
+        forget_changed(jobs, folders)
+        kept = [[read_answer(folder, job.name) is not None for folder in folders] for job in jobs]
+        assert all(first == second for first, second in kept)
+        for job in jobs:
+            for folder in folders:
+                write_answer(folder, job.name, numbers(1))
+        return [first for first, _ in kept]
+
+    assert asked() == [False, False]
+    assert asked() == [True, True]
+    (adapter / "README.md").write_text("which engines do not read")
+    (adapter / "adapter_config.json").write_text('{"target_modules": ["k", "q"], "r": 2}')
+    assert asked() == [True, True]
+    (adapter / "adapter_config.json").write_text('{"r": 4, "target_modules": ["q", "k"]}')
+    assert asked() == [True, False]
+    (base / "config.json").write_text('{"vocab_size": 3}')
+    assert asked() == [False, False]
+
+
+def test_what_an_artefact_means_is_made_and_asked_about_too(tmp_path: Path) -> None:
+    shop = make_all(tmp_path, "qwen3/kohya-extract")
+    assert "qwen3/kohya-extract" in {one.name for one in shop.made}
+    assert {one.family for one in shop.all.values()} == {"qwen3"}
+    assert {"qwen3/extract", "qwen3/saved"} <= {one.name for one in shop.needed} - {one.name for one in shop.made}
+
+
 def test_errors_are_shown_without_folders_of_this_machine() -> None:
     root = Path(__file__).resolve().parents[2]
     assert tidy(f"no {root}/.consumers/made/x,\n nor /tmp/abc1/model.gguf `here`") == "no made/x, nor model.gguf 'here'"
@@ -90,8 +141,8 @@ def test_errors_are_shown_without_folders_of_this_machine() -> None:
 def test_one_artefact_all_the_way(tmp_path: Path) -> None:
     """Made, computed on two roads that agree, linted, and put on a page."""
     shop = make_all(tmp_path, "qwen2/extract")
-    adapter, converted = shop.made
-    assert (adapter.name, converted.name) == ("qwen2/extract", "qwen2/mlx-extract")
+    (adapter,) = shop.made
+    assert shop.all["qwen2/mlx-extract"].means == adapter.name == "qwen2/extract"
     work = Work(
         [[3, 4, 5]], [Job("qwen2/saved", str(adapter.base)), Job(adapter.name, str(adapter.base), str(adapter.path))]
     )

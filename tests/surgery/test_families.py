@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.utils import transformers_weight_conversion as peft_weights
 from transformers import CONFIG_MAPPING, MODEL_MAPPING
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
@@ -100,3 +101,17 @@ def test_experts_are_stacked_as_transformers_stacks_them(model_type: str) -> Non
         if isinstance(entry, WeightConverter) and "experts" in str(entry.target_patterns[0])
     }
     assert dict(experts.fused) == fused
+
+
+@pytest.mark.parametrize(
+    "model_type", sorted(t for family in families.FAMILIES if family.experts for t in family.model_types)
+)
+def test_what_peft_takes_for_experts(model_type: str) -> None:
+    """The names that PEFT renames in a config, wherever they stand in the model: what is called so and is no expert
+    can't be targeted as a module.
+    """
+    patterns = vars(peft_weights)["_MODEL_TO_CONVERSION_PATTERN"]
+    mapped = peft_weights._MOE_TARGET_MODULE_MAPPING.get(patterns.get(model_type, ""), {})
+    # w1, w2 and w3 are experts' names only; the router is a parameter in any case.
+    expected = {name for name in mapped if name.endswith("_proj")}
+    assert families.family_of(model_type).taken_for_experts == expected

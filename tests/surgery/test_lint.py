@@ -19,15 +19,15 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import OptionError
-from surgery.ops import lint_adapters, lint_checkpoints, lint_servers
+from surgery.ops import lint_adapters, lint_checkpoints, lint_mixtures, lint_mlx, lint_servers
 from surgery.ops.lint import CLEAN, CONSUMERS, REFUSED, SILENT, WARNING, Rule
 from tests.models import is_linear, logits, make, perturb, save
 from tests.peft_tools import stored, write_adapter
 from tests.surgery.test_merge import adapter_folder
 from tests.tools import read_json, run_cli
 
-ADAPTER_RULES = [*lint_adapters.rule.all, *lint_servers.rule.all]
-CHECKPOINT_RULES = lint_checkpoints.rule.all
+ADAPTER_RULES = [*lint_adapters.rule.all, *lint_servers.rule.all, *lint_mlx.rule.all]
+CHECKPOINT_RULES = [*lint_checkpoints.rule.all, *lint_mixtures.rule.all]
 PREFIX = "base_model.model."
 Q = "model.layers.0.self_attn.q_proj"
 FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -107,9 +107,16 @@ def strange_mlx(tmp_path: Path) -> Path:
 
 def tied_in_mlx(tmp_path: Path) -> Path:
     """Factors on an embedding, as mlx-lm has them."""
+    return in_mlx(tmp_path, "model.embed_tokens")
+
+
+def router_in_mlx(tmp_path: Path) -> Path:
+    return in_mlx(tmp_path, "model.layers.1.mlp.gate")
+
+
+def in_mlx(tmp_path: Path, key: str) -> Path:
     folder = tmp_path / "adapter"
     folder.mkdir()
-    key = "model.embed_tokens"
     save_file({f"{key}.lora_a": torch.ones(96, 2), f"{key}.lora_b": torch.ones(2, 32)}, folder / "adapters.safetensors")
     config = {"num_layers": 2, "lora_parameters": {"rank": 2, "scale": 1.0, "dropout": 0.0}}
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -127,18 +134,21 @@ def ia3(tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def experts(skip: str = "", rank: int = 2) -> Callable[[Path], Path]:
-    """A version-4 adapter on the experts of Mixtral; `skip` leaves out the modules that end so."""
+def experts(skip: str = "", rank: int = 2, family: str = "mixtral", router: int = 0) -> Callable[[Path], Path]:
+    """A version-4 adapter on experts; `skip` leaves out modules, `router` is the rank of routers."""
 
     def made(tmp_path: Path) -> Path:
-        base = save(make("mixtral"), tmp_path / "mixtral")
+        base = save(make(family), tmp_path / "mixture")
         tensors = {}
         for name, weight in stored(base).items():
             module = name.removesuffix(".weight")
             if ".experts." in name and not (skip and module.endswith(skip)):
                 tensors[f"{PREFIX}{module}.lora_A.weight"] = torch.ones(rank, weight.shape[1])
                 tensors[f"{PREFIX}{module}.lora_B.weight"] = torch.ones(weight.shape[0], rank)
-        targets = ["w1", "w2", "w3"]
+            if router and module.endswith(".gate"):
+                tensors[f"{PREFIX}{module}.lora_A.weight"] = torch.ones(router, weight.shape[1])
+                tensors[f"{PREFIX}{module}.lora_B.weight"] = torch.ones(weight.shape[0], router)
+        targets = ["w1", "w2", "w3", "gate_proj", "up_proj", "down_proj", "gate"]
         return adapter_folder(tmp_path / "adapter", tensors, r=2, lora_alpha=4, target_modules=targets)
 
     return made
@@ -186,6 +196,9 @@ BAD: dict[str, tuple[Callable[[Path], Path], set[str]]] = {
     ),
     "half": (experts("w3"), {"peft/half-experts", "llama.cpp/some-experts"}),
     "ranks of experts": (experts(rank=4), {"peft/expert-ranks", "peft/rank", "vllm/rank-pattern"}),
+    "rank of the router": (experts(router=1), {"peft/router-rank"}),
+    "one by one": (experts(family="qwen2_moe"), {"peft/one-by-one"}),
+    "one by one in vllm": (experts(family="qwen2_moe"), {"vllm/one-by-one"}),
     "some experts": (experts("experts.2.w1"), {"llama.cpp/some-experts"}),
     "dropout": (
         with_peft("mixtral", target_modules=[], target_parameters=FUSED),
@@ -227,6 +240,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], set[str]]] = {
     "no scale": (damaged_mlx(scale=...), {"mlx/parameters"}),
     "another rank": (damaged_mlx(rank=4), {"mlx/rank"}),
     "strange": (strange_mlx, {"mlx/keys"}),
+    "router in mlx": (router_in_mlx, {"mlx/router"}),
     "added tokens": (added_tokens, {"sglang/added-tokens"}),
     "ranks": (two_layers((2, 4)), {"lorax/ranks"}),
     "layers": (two_layers((0, 2)), {"lorax/missing-layers"}),
@@ -236,11 +250,19 @@ BAD: dict[str, tuple[Callable[[Path], Path], set[str]]] = {
     ),
 }
 BASES = {
+    "one by one": "qwen2_moe",
+    "one by one in vllm": "qwen2_moe",
+    "router in mlx": "llama",
     "other modules": "llama",
     "another width": "llama",
     "tied": "llama-tied",
     "tied embeddings": "llama-tied",
     "tied embeddings in mlx": "llama-tied",
+}
+# Where the base stands for one of another family.
+MODEL_TYPES: dict[str, dict[str, Any]] = {
+    "router in mlx": {"model_type": "glm4_moe"},
+    "one by one in vllm": {"model_type": "flex_olmo", "architectures": ["FlexOlmoForCausalLM"]},
 }
 
 
@@ -257,6 +279,9 @@ def test_rules_on_adapters_fire(case: str, tmp_path: Path) -> None:
     make_it, expected = BAD[case]
     folder = make_it(tmp_path)
     base = save(make(BASES[case]), tmp_path / "base") if case in BASES else None
+    if base is not None and case in MODEL_TYPES:
+        config = read_json(base / "config.json") | MODEL_TYPES[case]
+        (base / "config.json").write_text(json.dumps(config))
     report = surgery.lint(folder, consumers=CONSUMERS, base=base)
     fired = {finding.rule for finding in report.findings}
     assert expected <= fired
@@ -388,6 +413,13 @@ def other_name(tmp_path: Path) -> Path:
     return folder
 
 
+ERNIE: dict[str, Any] = {"moe_intermediate_size": 16, "intermediate_size": 64, "num_key_value_heads": 2}
+
+
+def router_bias(value: float) -> dict[str, torch.Tensor]:
+    return {"model.layers.1.mlp.moe_statics.e_score_correction_bias": torch.full((1, 4), value)}
+
+
 EXPERT = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
 BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], set[str]]] = {
     "no config": (checkpoint(model_type=...), {f"{consumer}/config" for consumer in CONSUMERS}),
@@ -396,6 +428,28 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], set[str]]] = {
     "bert": (checkpoint("bert"), {"mlx/model-type"}),
     "qwen3_moe": (checkpoint("qwen3_moe"), {"mlx/config-fields"}),
     "top-k": (checkpoint("qwen3_moe", norm_topk_prob=False), {"llama.cpp/top-k"}),
+    "top-k of qwen2": (checkpoint("qwen2_moe", norm_topk_prob=True), {"llama.cpp/top-k", "mlx/top-k"}),
+    "top-k of olmoe": (
+        checkpoint("qwen2_moe", model_type="olmoe", norm_topk_prob=True),
+        {"llama.cpp/top-k", "vllm/top-k"},
+    ),
+    "shared experts": (
+        checkpoint(model_type="ernie4_5_moe", moe_num_shared_experts=1, **ERNIE),
+        {"llama.cpp/shared-experts"},
+    ),
+    "shared gate": (
+        checkpoint("qwen2_moe", {"model.layers.1.mlp.shared_expert_gate.weight": torch.zeros(1, 32)}),
+        {"llama.cpp/shared-gate"},
+    ),
+    "router bias": (
+        checkpoint(tensors=router_bias(0.5), model_type="ernie4_5_moe"),
+        {"mlx/router-bias"},
+    ),
+    "hunyuan": (
+        checkpoint(model_type="hunyuan_v1_moe", moe_topk=2),
+        {"llama.cpp/config-fields", "llama.cpp/own-tokenizer"},
+    ),
+    "glm": (checkpoint(model_type="glm4_moe"), {"llama.cpp/own-tokenizer"}),
     "gpt2": (checkpoint("gpt2"), {"llama.cpp/n-ctx"}),
     "own code": (
         checkpoint(model_type="upcycled_llama", auto_map={"AutoConfig": "a.B"}),
@@ -425,7 +479,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], set[str]]] = {
     ),
     "mixed layers": (
         checkpoint("qwen2_moe", {"model.layers.7.mlp.down_proj.weight": torch.ones(2, 2)}),
-        {"llama.cpp/mixed-layers"},
+        {"llama.cpp/mixed-layers", "mlx/mixed-layers"},
     ),
     "fused": (
         checkpoint("mixtral", {"model.layers.0.block_sparse_moe.experts.gate_up_proj": torch.ones(4, 2, 2)}),
@@ -470,6 +524,66 @@ def test_good_checkpoints_are_clean(family: str, config: dict[str, Any], tmp_pat
         folder = checkpoint(family, rope_parameters=nested)(tmp_path / "again")
     report = surgery.lint(folder, consumers=CONSUMERS)
     assert set(report.verdicts.values()) == {CLEAN}, report.findings
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "tensors", "rules"),
+    [
+        ("qwen2_moe", {"norm_topk_prob": False}, {}, {"llama.cpp/top-k", "mlx/top-k"}),
+        (
+            "qwen2_moe",
+            {},
+            {"model.layers.1.mlp.shared_expert_gate.weight": torch.ones(1, 32)},
+            {"llama.cpp/shared-gate"},
+        ),
+        ("qwen2_moe", {"norm_topk_prob": True, "num_experts": 2, "num_experts_per_tok": 2}, {}, {"llama.cpp/top-k"}),
+        ("qwen3_moe", {"norm_topk_prob": True}, {}, {"llama.cpp/top-k"}),
+        ("ernie4_5_moe", {}, router_bias(0.0), {"mlx/router-bias"}),
+        ("glm4_moe", {"norm_topk_prob": True}, router_bias(0.5), {"mlx/router-bias"}),
+        ("ernie4_5_moe", ERNIE | {"moe_num_shared_experts": 2}, {}, {"llama.cpp/shared-experts"}),
+        ("ernie4_5_moe", ERNIE | {"moe_num_shared_experts": 0}, {}, {"llama.cpp/shared-experts"}),
+        (
+            "hunyuan_v1_moe",
+            {"moe_topk": [2, 2], "moe_intermediate_size": [64, 64], "num_shared_expert": [1, 1]},
+            {},
+            {"llama.cpp/config-fields"},
+        ),
+    ],
+)
+def test_rules_on_mixtures_stay_silent_where_nothing_is_wrong(
+    model_type: str, config: dict[str, Any], tensors: dict[str, torch.Tensor], rules: set[str], tmp_path: Path
+) -> None:
+    folder = checkpoint(tensors=tensors, model_type=model_type, **config)(tmp_path)
+    assert not rules & {finding.rule for finding in surgery.lint(folder, consumers=CONSUMERS).findings}
+
+
+def test_the_tokenizers_that_converters_ask_for_pass(tmp_path: Path) -> None:
+    folder = checkpoint(model_type="glm4_moe")(tmp_path)
+    tokens = ["[gMASK]", "<|user|>", "<|endoftext|>", "<|observation|>"]
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"content": token} for token in tokens]}))
+    assert "llama.cpp/own-tokenizer" not in {finding.rule for finding in surgery.lint(folder).findings}
+    folder = checkpoint(model_type="hunyuan_v1_moe")(tmp_path / "other")
+    (folder / "tokenization_hy.py").write_text("")
+    assert "llama.cpp/own-tokenizer" not in {finding.rule for finding in surgery.lint(folder).findings}
+    folder = checkpoint("qwen2_moe")(tmp_path / "third")
+    assert "llama.cpp/own-tokenizer" not in {finding.rule for finding in surgery.lint(folder).findings}
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    assert "llama.cpp/own-tokenizer" in {finding.rule for finding in surgery.lint(folder).findings}
+
+
+def test_what_spoils_the_base_spoils_the_adapter(tmp_path: Path) -> None:
+    """For each consumer that has something against the base, in its own words; but no adapter needs a tokenizer."""
+    base = checkpoint("qwen3_moe", norm_topk_prob=False)(tmp_path)
+    (base / "tokenizer.json").unlink()
+    folder = write_adapter(make("qwen3_moe"), LoraConfig(r=2, target_modules=["q_proj"]), tmp_path / "adapter")
+    assert surgery.lint(folder, consumers=["vllm", "llama.cpp"]).passed
+    report = surgery.lint(folder, consumers=["vllm", "llama.cpp"], base=base)
+    assert report.verdicts == {"vllm": CLEAN, "llama.cpp": SILENT}
+    (finding,) = report.findings
+    assert finding.rule == "llama.cpp/top-k"
+    assert finding.message.startswith(f"its base, {base}: norm_topk_prob is false")
+    (base / "config.json").unlink()
+    assert surgery.lint(folder, consumers=["vllm", "llama.cpp"], base=base / "model.safetensors").passed
 
 
 # The command ----------------------------------------------------------------------------------------------------------

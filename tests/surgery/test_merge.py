@@ -79,7 +79,7 @@ def merge_both(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("mixtral", "qwen3_moe")])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("mixtral", "qwen3_moe", "qwen3_moe-some-dense")])
 def test_every_family_has_the_bits_of_peft(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """LoRA on all linear layers of every family: not one bit differs from merge_and_unload."""
     ours, theirs, base, _ = merge_both(tmp_path, family, dtype, {})
