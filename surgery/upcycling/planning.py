@@ -26,6 +26,10 @@ from surgery.upcycling.shipped import modelling_code
 _DROPPED = ("auto_map", "pretraining_tp", "mlp_bias", "transformers_version", "_name_or_path")
 
 
+# Of the gate before a silent shared expert.
+_GATE_DEVIATION = 0.02
+
+
 @dataclass(frozen=True)
 class Upcycling:
     """What is to be made of a checkpoint.
@@ -125,7 +129,7 @@ def _sparse_block(work: Upcycling, mlp: Mlp, mixture: Mixture) -> Iterator[Step]
         yield ZerosStep(TensorSpec(f"{path}.{name}", F32, shape(mixture.experts)))
     yield from _stacked(work, path, block, mlp, mixture) if block.stacks else _separate(work, path, block, mlp, mixture)
     if block.shared is not None and (mixture.shared or block.shared.required):
-        yield from _shared(path, block.shared, mlp, mixture)
+        yield from _shared(path, block.shared, mlp, mixture, work.options.seed)
 
 
 def _separate(work: Upcycling, path: str, block: Block, mlp: Mlp, mixture: Mixture) -> Iterator[Step]:
@@ -184,7 +188,7 @@ def _slice(source: StoredTensor, axis: int, begin: int, end: int, scale: int) ->
     return Columns(source, begin, end, scale)
 
 
-def _shared(path: str, shared: SharedExpert, mlp: Mlp, mixture: Mixture) -> Iterator[Step]:
+def _shared(path: str, shared: SharedExpert, mlp: Mlp, mixture: Mixture, seed: int) -> Iterator[Step]:
     """A silent shared expert: the first intermediate units of the MLP, and zeros for what leads out of it."""
     size = mixture.inner if mixture.shared else shared.size(mixture)
     for part, tensor in mlp.parts.items():
@@ -195,4 +199,6 @@ def _shared(path: str, shared: SharedExpert, mlp: Mlp, mixture: Mixture) -> Iter
             piece = tensor if size == tensor.shape[0] else rows_of(tensor, 0, size)
             yield CopyStep(TensorSpec(name, piece.dtype, piece.shape), piece)
     if shared.gate:
-        yield ZerosStep(TensorSpec(f"{path}.{shared.gate}", mlp.output.dtype, (1, mlp.hidden)))
+        # Any value does, since what it scales is zero; of all zeros llama.cpp makes NaN.
+        gate = TensorSpec(f"{path}.{shared.gate}", mlp.output.dtype, (1, mlp.hidden))
+        yield RouterStep(gate, _GATE_DEVIATION, 1, seed)
