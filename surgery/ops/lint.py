@@ -131,7 +131,6 @@ def lint(
     from surgery.ops.lint_subject import AdapterFiles
 
     check_consumers(consumers)
-    of_checkpoints = _tried([*lint_checkpoints.rule.all, *lint_mixtures.rule.all], consumers)
     if is_adapter_place(place):
         kind, files = format_of(place)
         adapter = AdapterFiles(kind, files, base)
