@@ -328,7 +328,7 @@ def test_a_dense_checkpoint_is_none(tmp_path: Path) -> None:
 
 
 @given(experts=st.integers(2, 5), top=st.integers(1, 5), data=st.data())
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_there_and_back(experts: int, top: int, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Any layers, any number of experts, any way that keeps experts alike, any shards."""
     folder = tmp_path_factory.mktemp("there")
@@ -354,9 +354,8 @@ def test_the_command(trained: Path, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert "MistralForCausalLM" in run.stdout
     assert "expert 1" in run.stdout
-    as_json = run_cli("dense", trained, "-o", tmp_path / "dry", "--average", "--dry-run", "--json")
-    report = json.loads(as_json.stdout)
-    assert (report["taken"], report["layers"], report["dry_run"]) == (None, {"decoder": [0, 1, 2]}, True)
+    report = surgery.dense(trained, output=tmp_path / "dry", average=True, dry_run=True).as_dict()
+    assert (report["taken"], report["layers"], report["dry_run"]) == (None, {"decoder": (0, 1, 2)}, True)
     assert not (tmp_path / "dry").exists()
 
 

@@ -259,13 +259,13 @@ def test_each_expert_is_the_mlp_with_its_adapter(adapted: tuple[Path, torch.dtyp
 def test_the_command(adapted: tuple[Path, torch.dtype], tmp_path: Path) -> None:
     folder, _ = adapted
     init = f"adapters:{folder / 'a'}=0.5,{folder / 'b'}"
-    run = run_cli("upcycle", folder / "base", "--init", init, "-o", tmp_path / "moe")
+    run = run_cli("upcycle", folder / "base", "--init", init, "-o", tmp_path / "moe", "--no-verify")
     assert run.returncode == 0, run.stderr
     assert "adapters:a,b" in run.stdout
     assert "the rest from  the dense checkpoint" in run.stdout
     assert "what the adapters change in 2 other tensors" in run.stdout
     assert "survived the rounding" in run.stdout
-    assert run_cli("verify", tmp_path / "moe").returncode == 0
+    assert surgery.verify(tmp_path / "moe").passed
 
 
 def test_a_weight_multiplies_the_adapter(adapted: tuple[Path, torch.dtype], tmp_path: Path) -> None:
