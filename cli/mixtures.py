@@ -19,6 +19,7 @@ Examples:
   surgery upcycle model --experts 64 --init granular:8 --top-k 16
   surgery upcycle model --init adapters:code,math=0.5,chat --router-init hidden:prompts.jsonl
   surgery upcycle moe-of-32 --experts 64   # a larger mixture, the same function
+  surgery upcycle model --experts 8 --kind lora --rank 16   # a small file beside the model
   surgery upcycle vit --experts 32 --router expert-choice --capacity 2 --combine raw   # the paper's vision recipe"""
 )
 @click.argument("checkpoint", metavar="CHECKPOINT", type=click.Path())
@@ -73,6 +74,17 @@ Examples:
     "[default: normalized; raw for switch]",
 )
 @click.option("--target", default="auto", show_default=True, metavar="TYPE", help="Model type to write.")
+@click.option(
+    "--kind",
+    type=click.Choice(["copy", "lora"]),
+    default="copy",
+    show_default=True,
+    help="Experts are copies of the MLP, or LoRA updates to the one MLP in CHECKPOINT: a small file without it.",
+)
+@click.option("--rank", type=click.IntRange(1), help="Of LoRA experts.  [default: 16]")
+@click.option(
+    "--alpha", type=click.FloatRange(0, min_open=True), help="LoRA experts add alpha/rank B A.  [default: the rank]"
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of routers, noise and redrawn weights.")
 @click.option("--shard-size", "shard_bytes", type=Size(least=LEAST_SHARD), help="Largest weight file.  [default: 5GB]")
 @click.option(

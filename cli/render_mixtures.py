@@ -46,6 +46,8 @@ def _facts(report: UpcycleReport) -> Iterator[tuple[str, str]]:
         f"{number(report.parameters)}, {number(report.active)} of them active for a token; the dense model has "
         f"{number(report.dense_parameters)}",
     )
+    if report.kind == "lora":
+        yield "in the file", f"{number(report.stored_parameters)}; the MLP under them is the dense model's"
     times = f", {report.nbytes / report.dense_bytes:.1f} times the dense model's" if report.dense_bytes else ""
     yield "bytes", size(report.nbytes) + times
     if not report.dry_run:
@@ -83,7 +85,8 @@ def _stack(stack: StackReport) -> str:
         else f"expert choice, capacity {stack.capacity:g}, per {stack.group}"
     )
     weights = "weights sum to 1" if stack.normalized else "raw weights"
-    return f"{layers}, {stack.experts} experts each, {routing}, {weights}"
+    rank = "" if stack.rank is None else f" of rank {stack.rank} (alpha {stack.alpha:g})"
+    return f"{layers}, {stack.experts} experts{rank} each, {routing}, {weights}"
 
 
 def ranges(numbers: Sequence[int]) -> str:

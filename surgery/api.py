@@ -278,6 +278,9 @@ def upcycle(
             shared_expert: add an expert that sees every token and starts out silent.
             combine: `normalized` (the default) or `raw`.
             target: the model type to write; `auto` by default.
+            kind: `copy` (the default), or `lora`: routed low-rank updates to the one MLP, written without it.
+            rank: of these updates; 16 by default.
+            alpha: an update is (alpha / rank) B A; the rank by default.
             seed: of everything random.
             shard_bytes: split the weights into files of at most this many bytes; 5 GB by default.
             verify: measure the difference from the dense model; by default where transformers is installed and both

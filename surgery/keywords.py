@@ -122,6 +122,9 @@ class UpcycleKeywords(HashingKeywords, total=False):
     shared_expert: bool
     combine: str | None
     target: str
+    kind: str
+    rank: int | None
+    alpha: float | None
     seed: int
     shard_bytes: int | None
     verify: bool | None

@@ -17,6 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 MODELING_FILE = "modeling_upcycled.py"
+# Routers and low-rank factors, in a folder of routed LoRA experts.
+ROUTED_LORA_FILE = "routed_lora.safetensors"
 # Put before the dense family's names: `upcycled_gpt2`, `UpcycledGPT2Config`, `UpcycledGPT2LMHeadModel`.
 MODEL_TYPE_PREFIX = "upcycled_"
 CLASS_PREFIX = "Upcycled"
@@ -69,6 +71,7 @@ class UpcycledFamily:
             openai-community/gpt2) has none.
         stacks: `encoder`, `decoder` or both.
         auto_classes: transformers' auto class to the dense class that it makes.
+        prefixes: of dense classes in which in-memory names begin otherwise than with `base_prefix`.
     """
 
     model_type: str
@@ -76,11 +79,23 @@ class UpcycledFamily:
     base_prefix: str
     stacks: dict[str, Stack]
     auto_classes: dict[str, str] = field(default_factory=dict)
+    prefixes: dict[str, str] = field(default_factory=dict)
 
     @property
     def upcycled_type(self) -> str:
         """`model_type` of the upcycled config."""
         return MODEL_TYPE_PREFIX + self.model_type
+
+    @property
+    def takes_lora(self) -> bool:
+        """Whether routed LoRA experts can stand here: not where an MLP is spread over two modules."""
+        return not any("." in leaf.expert for stack in self.stacks.values() for leaf in stack.leaves)
+
+    def prefix_of(self, architecture: str) -> str:
+        """What in-memory names of the base model begin with in a dense class; nothing in the base model itself."""
+        bare = architecture in ("", self.auto_classes["AutoModel"])
+        prefix = "" if bare else self.prefixes.get(architecture, self.base_prefix)
+        return f"{prefix}." if prefix else ""
 
     def auto_map(self) -> dict[str, str]:
         """`auto_map` of the upcycled config: every auto class that the dense family has."""
@@ -148,6 +163,7 @@ _ALL = (
             "AutoModelForPreTraining": "T5ForConditionalGeneration",
             "AutoModelForTextEncoding": "T5EncoderModel",
         },
+        dict.fromkeys(("T5ForConditionalGeneration", "T5ForQuestionAnswering", "T5EncoderModel"), ""),
     ),
     UpcycledFamily(
         "gpt2",
@@ -207,7 +223,14 @@ _ALL = (
         },
     ),
     *(
-        UpcycledFamily(model_type, f"{name}Config", "model", {"decoder": _LLAMA_LIKE}, _heads(name, *tasks))
+        UpcycledFamily(
+            model_type,
+            f"{name}Config",
+            "model",
+            {"decoder": _LLAMA_LIKE},
+            _heads(name, *tasks),
+            {f"{name}ForQuestionAnswering": "transformer"} if name in ("Llama", "Qwen2", "Qwen3") else {},
+        )
         for model_type, name, tasks in (
             ("gemma", "Gemma", _TEXT[:2]),
             ("gemma2", "Gemma2", _TEXT[:2]),

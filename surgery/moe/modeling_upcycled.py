@@ -20,6 +20,7 @@ What config.json says besides the dense model's settings:
         "capacity_factor": null,          C, for expert choice: each expert takes ceil(C n / E) of n tokens
         "normalize": true,                whether a token's combine weights sum to 1
         "group": "sequence",              the tokens that compete in expert choice: one "sequence" or image, or "batch"
+        "granularity": 1,                 G: an expert has 1/G of the MLP's intermediate units
         "kind": "copy"                    or "lora": low-rank updates to one frozen MLP, with "rank" and "alpha"
       }
     },
@@ -214,6 +215,7 @@ class MoeOptions:
     capacity_factor: float = 0.0
     normalize: bool = True
     group: str = "sequence"
+    granularity: int = 1
     kind: str = "copy"
     rank: int = 0
     alpha: float = 0.0
@@ -247,10 +249,14 @@ class MoeOptions:
             wrong = f"capacity_factor is {capacity}, and must be positive"
         elif options.group not in ("sequence", "batch"):
             wrong = f"group is {options.group!r}, and must be 'sequence' or 'batch'"
+        elif options.granularity < 1:
+            wrong = f"granularity is {options.granularity}, and must be at least 1"
         elif options.kind not in ("copy", "lora"):
             wrong = f"kind is {options.kind!r}, and must be 'copy' or 'lora'"
         elif options.kind == "lora" and (options.rank < 1 or not options.alpha):
             wrong = f"rank is {options.rank} and alpha {options.alpha}, and kind 'lora' needs both"
+        elif options.kind == "lora" and options.granularity > 1:
+            wrong = f"granularity is {options.granularity}, and kind 'lora' has one whole MLP"
         if wrong:
             raise ValueError(f"moe_stacks.{stack} in config.json: {wrong}.")
         return options
@@ -288,7 +294,8 @@ class MixtureOfExperts(nn.Module):
                 self.add_module(name, child)
             experts = [lora_expert(mlp, options.rank, options.alpha) for _ in range(options.num_experts)]
         else:
-            experts = [copy.deepcopy(mlp) for _ in range(options.num_experts)]
+            small = mlp if options.granularity == 1 else narrow_mlp(mlp, options.granularity)
+            experts = [copy.deepcopy(small) for _ in range(options.num_experts)]
             for module in nn.ModuleList(experts).modules():
                 # A model that is not loaded from a checkpoint shall start with experts that differ.
                 module.__dict__["_is_hf_initialized"] = False
@@ -407,9 +414,7 @@ class LoraLinear(nn.Module):
     def __init__(self, frozen: nn.Linear | Conv1D, rank: int, alpha: float) -> None:
         super().__init__()
         self._frozen = (frozen,)  # in a tuple, so that it is no submodule and not stored again for each expert
-        rows, columns = (
-            (frozen.nf, frozen.nx) if isinstance(frozen, Conv1D) else (frozen.out_features, frozen.in_features)
-        )
+        rows, columns = linear_shape(frozen)
         self.scale = alpha / rank
         self.lora_A = LoraFactor(rank, columns)
         self.lora_B = LoraFactor(rows, rank)
@@ -423,6 +428,42 @@ class LoraLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """[tokens, columns] to [tokens, rows]."""
         return self._frozen[0](inputs) + self.scale * self.lora_B(self.lora_A(inputs))
+
+
+def narrow_mlp(mlp: nn.Module, granularity: int) -> nn.Module:
+    """An MLP of the same class with 1 / `granularity` of the intermediate units, and weights that mean nothing yet.
+
+    Raises:
+        ValueError: the intermediate units do not divide.
+    """
+    small = copy.deepcopy(mlp)
+    linear = [(name, module) for name, module in mlp.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    for number, (name, module) in enumerate(linear):
+        rows, columns = linear_shape(module)
+        # The last linear map leads out, in every family.
+        is_output = number == len(linear) - 1
+        inner = columns if is_output else rows
+        if inner % granularity:
+            raise ValueError(
+                f"moe_stacks in config.json has granularity {granularity}, and the MLP's {inner} intermediate units do "
+                "not divide by it."
+            )
+        if is_output:
+            columns = inner // granularity
+        else:
+            rows = inner // granularity
+        made: nn.Module = (
+            Conv1D(rows, columns)
+            if isinstance(module, Conv1D)
+            else nn.Linear(columns, rows, bias=module.bias is not None)
+        )
+        small.set_submodule(name, made.to(module.weight))
+    return small
+
+
+def linear_shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """Outputs and inputs of a linear map."""
+    return (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
 
 
 def lora_expert(mlp: nn.Module, rank: int, alpha: float) -> nn.Module:
@@ -506,6 +547,8 @@ def replace_mlps(model: PreTrainedModel) -> None:
                 )
             layer = layers[number]
             mlp = layer.get_submodule(layout.mlp)
+            if isinstance(mlp, MixtureOfExperts):
+                continue  # by the base model, where a head has made that through AutoModel
             if layout is _BERT_LIKE["encoder"]:
                 if options.kind == "lora":
                     raise ValueError(
@@ -620,7 +663,10 @@ def _model_class(dense: Any) -> type[PreTrainedModel]:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             if file is not None:
-                add_routed_lora(model, load_file(file))
+                tensors = load_file(file)
+                add_routed_lora(model, tensors)
+                if isinstance(loaded, tuple):  # with `output_loading_info`
+                    loaded[1]["missing_keys"] = loaded[1]["missing_keys"] - tensors.keys()
             for mixture in mixtures(model).values():
                 mixture.freeze_shared_mlp()  # loading has put new parameters there
             return loaded
@@ -646,10 +692,14 @@ def __getattr__(name: str) -> Any:
     config = dense if is_config else getattr(dense, "config_class", None)
     if getattr(config, "model_type", None) not in FAMILIES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    made = _config_class(dense) if is_config else _model_class(dense)
+    made: Any = _config_class(dense) if is_config else _model_class(dense)
     made.__name__ = made.__qualname__ = name
     made.__doc__ = f"`transformers.{dense.__name__}`, upcycled: mixtures of experts in place of some MLPs."
     globals()[name] = made
+    base: Any = dense if is_config else transformers.MODEL_MAPPING[dense.config_class]
+    if base is not dense:
+        # Some heads make their base model through AutoModel, which has to know it without asking whom to trust.
+        transformers.AutoModel.register(made.config_class, __getattr__(PREFIX + base.__name__), exist_ok=True)
     if not is_config and (renames := get_checkpoint_conversion_mapping(dense.__name__)):
         # Stored names that transformers changes on loading it changes for this class as for the dense one.
         register_checkpoint_conversion_mapping(name, renames, overwrite=True)

@@ -81,8 +81,11 @@ class Loaded:
     unexpected: frozenset[str]
 
 
-def load(path: Path) -> Loaded:
-    """The model of a checkpoint folder, as the class that its config names, in float32."""
+def load(path: Path, base: Path | None = None) -> Loaded:
+    """The model of a checkpoint folder, as the class that its config names, in float32.
+
+    `base` is where the dense weights are if the folder has routed LoRA experts alone; by default where it says.
+    """
     import torch
 
     transformers = transformers_module()
@@ -99,7 +102,9 @@ def load(path: Path) -> Loaded:
         cls = next((getattr(home, names[0]) for home in homes if names and hasattr(home, names[0])), None)
         if cls is None:
             raise InputError(f"{path} names no class of transformers in its config, so it cannot be run.")
-        model, found = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        if base is not None and getattr(config, "base_model_name_or_path", None):
+            config.base_model_name_or_path, config.base_model_revision = str(base.absolute()), None
+        model, found = cls.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
     return Loaded(model.eval(), frozenset(found["missing_keys"]), frozenset(found["unexpected_keys"]))
 
 

@@ -32,11 +32,17 @@ def _on_routing(mixture: Mixture, where: str, identical: bool, init: str) -> lis
                 f"With one expert to a token and normalised weights, the weight {where}is always 1: the router never "
                 "gets a gradient from the task. Choose --top-k 2, or --combine raw."
             )
-        elif identical:
+        elif mixture.rank is None and identical:
             found.append(
                 f"The experts {where}are identical and their weights sum to 1, so the router gets no gradient from the "
                 "task at first: train with a load-balancing loss (router_aux_loss_coef), or start with --init noise:1%."
             )
+    if mixture.rank is not None:
+        router = "" if mixture.top_k == 1 and mixture.normalized else ", and the router none from experts all alike"
+        found.append(
+            f"Every B {where}is zero at first, so A gets no gradient in the first step{router}; that ends as soon as B "
+            "has moved."
+        )
     if init == "noise":
         found.append(
             "The experts differ from the MLP that they come from, so the mixture starts out a little worse than the "
@@ -108,7 +114,7 @@ def notes_on_size(nbytes: int, dense_bytes: int, choices: Sequence[ChoiceReport]
 
 def _on_layers(mixture: Mixture, where: str) -> list[str]:
     half = max(1, mixture.depth // 2)
-    if len(mixture.layers) <= half:
+    if len(mixture.layers) <= half or mixture.rank is not None:  # the paper is about copies
         return []
     return [
         f"{len(mixture.layers)} of {mixture.depth} layers {where}become sparse; the paper found the last half best "

@@ -8,17 +8,21 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import OptionError, UnsupportedError
 from surgery.names import plain
 from surgery.upcycling.mixture import Asked, Config, Mixture, Target
-from surgery.upcycling.mlps import Mlp
+from surgery.upcycling.mlps import Mlp, stacks_of
 from surgery.upcycling.native import NATIVE
 from surgery.upcycling.options import (
+    COPY,
     DEFAULT_CAPACITY,
     DEFAULT_EXPERTS,
+    DEFAULT_RANK,
     DEFAULT_TOP_K,
     EXPERT_CHOICE,
+    LORA,
     UpcycleOptions,
     parse_layers,
     per_stack,
 )
+from surgery.upcycling.routed_lora import check_family
 from surgery.upcycling.seq2seq import SEQ2SEQ, SWITCH
 from surgery.upcycling.shipped import SHIPPED, shipped_target
 
@@ -29,6 +33,7 @@ def mixtures(mlps: Sequence[Mlp], options: UpcycleOptions) -> dict[str, Mixture]
     """What the chosen MLPs of each stack become. Raises `OptionError` for numbers that do not go together."""
     init = options.expert_init
     experts = _experts(options)
+    rank = (options.rank or DEFAULT_RANK) if options.kind == LORA else None
     found = {}
     depths = {stack: sum(mlp.stack == stack for mlp in mlps) for stack in dict.fromkeys(mlp.stack for mlp in mlps)}
     layers, routers = per_stack(options.layers, "--layers", ";"), options.routers
@@ -47,22 +52,19 @@ def mixtures(mlps: Sequence[Mlp], options: UpcycleOptions) -> dict[str, Mixture]
                 f"--init is granular:{init.groups}, but the intermediate size {inner} does not divide by it."
             )
         choice = routers.get(stack, routers.get("", "top-k")) == EXPERT_CHOICE
-        if choice and stack == "decoder" and not options.allow_future:
-            raise OptionError(
-                "--router expert-choice in a decoder lets each token's experts depend on the tokens after it, so that "
-                "training sees the future and generation does not; use top-k, or pass --allow-future."
-            )
         found[stack] = Mixture(
             layers=chosen,
             depth=depth,
             experts=experts,
             top_k=None if choice else _top_k(options, experts),
-            capacity=(options.capacity or DEFAULT_CAPACITY) if choice else None,
+            capacity=(options.capacity or DEFAULT_CAPACITY * init.groups) if choice else None,
             normalized=(options.combine or default_combine(options.target)) == "normalized",
             groups=init.groups,
             inner=inner,
             shared=options.shared_expert,
             group=options.group,
+            rank=rank,
+            alpha=options.alpha or float(rank or 0),
         )
     if not found:
         raise OptionError(f"--layers is {options.layers!r}, which chooses no layer at all.")
@@ -110,9 +112,13 @@ def choose_target(
 ) -> Target:
     """The format to write: the one named, or the first that can express everything asked for.
 
-    Raises `OptionError` for a name that is none, `UnsupportedError` with what each format cannot express.
+    Raises `OptionError` for a name that is none and for expert choice that would see the future, `UnsupportedError`
+    with what each format cannot express.
     """
-    formats = targets_of(checkpoint.model_type)
+    _refuse_future(checkpoint, chosen, options)
+    if options.kind == LORA:
+        check_family(checkpoint)
+    formats = targets_of(checkpoint.model_type, options.kind)
     known = {target.name: target for target in (*NATIVE, *SEQ2SEQ, *formats)}
     if options.target not in (AUTO, SHIPPED, *known):
         raise OptionError(f"--target is {options.target!r}, expected auto, {', '.join(known)} or {SHIPPED}.")
@@ -135,9 +141,23 @@ def choose_target(
     raise UnsupportedError(f"{checkpoint.label} {what}{_remedy(fitting)}")
 
 
-def targets_of(model_type: str) -> tuple[Target, ...]:
-    """Every format for a dense family: the native ones first."""
-    native = tuple(target for target in (*NATIVE, *SEQ2SEQ) if model_type in target.sources)
+def _refuse_future(checkpoint: Checkpoint, chosen: Mapping[str, Mixture], options: UpcycleOptions) -> None:
+    """Raise where experts would choose among tokens of which some come later: in a decoder, unless it is allowed."""
+    stacks = stacks_of(checkpoint.model_type)
+    # A BERT whose config says so is a decoder, under the names of an encoder.
+    turned = len(stacks) == 1 and checkpoint.config.get("is_decoder") is True
+    for stack, mixture in chosen.items():
+        if mixture.capacity is not None and (stacks[stack].causal or turned) and not options.allow_future:
+            which = "" if stacks[stack].causal else " (config.json has is_decoder: true)"
+            raise OptionError(
+                f"--router expert-choice in a decoder{which} lets each token's experts depend on the tokens after it, "
+                "so that training sees the future and generation does not; use top-k, or pass --allow-future."
+            )
+
+
+def targets_of(model_type: str, kind: str = COPY) -> tuple[Target, ...]:
+    """Every format for a dense family: the native ones first, which have copies of the MLP and no updates to it."""
+    native = tuple(target for target in (*NATIVE, *SEQ2SEQ) if model_type in target.sources and kind == COPY)
     shipped = shipped_target(model_type)
     return native if shipped is None else (*native, shipped)
 

@@ -16,7 +16,7 @@ from surgery.ops.running import TOKENIZER_FILES
 from surgery.plan import CopyStep, Plan
 from surgery.source import BytesSource, Source
 from surgery.upcycling.choice import choose_target, mixtures, targets_of
-from surgery.upcycling.options import EXPERT_CHOICE, UpcycleOptions
+from surgery.upcycling.options import COPY, EXPERT_CHOICE, LORA, UpcycleOptions
 from surgery.upcycling.planning import Upcycling, new_config, plan_upcycling
 from surgery.upcycling.report import ChoiceReport, ConsumerReport
 from surgery.upcycling.routers import ZerosStep
@@ -139,6 +139,8 @@ def _changes(work: Upcycling) -> Iterator[dict[str, object]]:
     plain: dict[str, object] = {}
     if EXPERT_CHOICE in options.routers.values():
         plain |= {"router": "top-k", "capacity": None}
+    if options.kind == LORA:
+        plain |= {"kind": COPY, "rank": None, "alpha": None}
     if options.combine == "raw":
         plain["combine"] = "normalized"
     targets: list[dict[str, object]] = [
@@ -158,8 +160,11 @@ def _words(changes: Mapping[str, object]) -> str:
 
 
 def choices(work: Upcycling) -> tuple[ChoiceReport, ...]:
-    """What all layers and the last half, which is the paper's choice, would give beside what was asked for."""
-    if len(work.mixtures) != 1 or "=" in work.options.layers:
+    """What all layers and the last half, which is the paper's choice, would give beside what was asked for.
+
+    Nothing for routed LoRA experts, about which the paper says nothing.
+    """
+    if len(work.mixtures) != 1 or "=" in work.options.layers or work.options.kind == LORA:
         return ()
     found: dict[tuple[int, ...], ChoiceReport] = {}
     for layers in (work.options.layers, "last:half", "all"):

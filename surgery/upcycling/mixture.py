@@ -36,6 +36,8 @@ class Mixture:
         inner: the intermediate size of the dense MLP.
         shared: whether a silent shared expert is asked for.
         group: the tokens that compete under expert choice.
+        rank: of the low-rank updates that the experts are, or None where each is an MLP.
+        alpha: an update is (alpha / rank) B A.
     """
 
     layers: tuple[int, ...]
@@ -48,6 +50,8 @@ class Mixture:
     inner: int
     shared: bool
     group: str = "sequence"
+    rank: int | None = None
+    alpha: float = 0.0
 
     @property
     def expert_inner(self) -> int:

@@ -12,12 +12,15 @@ from surgery.errors import OptionError
 TOP_K, EXPERT_CHOICE = "top-k", "expert-choice"
 ROUTERS = (TOP_K, EXPERT_CHOICE)
 COMBINES = ("normalized", "raw")
+COPY, LORA = "copy", "lora"
+KINDS = (COPY, LORA)
 RESTS = ("average", "first", "base")
 STACKS = ("encoder", "decoder")
 
 DEFAULT_EXPERTS = 8
 DEFAULT_TOP_K = 2
 DEFAULT_CAPACITY = 2.0
+DEFAULT_RANK = 16
 
 _NUMBER = r"\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|\.\d+"
 _AMOUNT = re.compile(rf"(?P<number>{_NUMBER})(?P<percent>%)?")
@@ -80,7 +83,10 @@ class UpcycleOptions:
             Normalised by default, where the format can do that.
         target: the model type to write, `shipped` for code that travels along, or `auto`; `switch` is short for
             `switch_transformers`.
-        seed: of routers, noise and redrawn weights.
+        kind: `copy`, or `lora` for low-rank updates to one frozen MLP, written without it.
+        rank: of these updates; 16 unless given.
+        alpha: an update is (alpha / rank) B A; the rank unless given.
+        seed: of routers, factors, noise and redrawn weights.
         shard_bytes: the largest weight file.
     """
 
@@ -98,6 +104,9 @@ class UpcycleOptions:
     shared_expert: bool = False
     combine: str | None = None
     target: str = "auto"
+    kind: str = COPY
+    rank: int | None = None
+    alpha: float | None = None
     seed: int = 0
     shard_bytes: int | None = None
 
@@ -128,6 +137,34 @@ class UpcycleOptions:
         if self.top_k is not None and TOP_K not in routers:
             raise OptionError("--top-k goes with --router top-k; expert choice has --capacity.")
         _ = self.expert_init, self.start_of_router
+        self._check_kind()
+
+    def _check_kind(self) -> None:
+        """Refuse what makes no sense with routed LoRA experts, or only with them."""
+        if self.kind not in KINDS:
+            raise OptionError(f"--kind is {self.kind!r}, expected one of {', '.join(KINDS)}.")
+        if self.kind == COPY:
+            for option, value in (("--rank", self.rank), ("--alpha", self.alpha)):
+                if value is not None:
+                    raise OptionError(f"{option} goes with --kind lora; a copy of the MLP has full rank.")
+            return
+        if self.rank is not None and self.rank < 1:
+            raise OptionError(f"--rank is {self.rank}, expected at least 1.")
+        if self.alpha is not None and not 0 < self.alpha < float("inf"):
+            raise OptionError(f"--alpha is {self.alpha:g}, expected more than 0.")
+        if self.init != "copy":
+            raise OptionError(
+                f"--init {self.init} goes with --kind copy; updates of low rank start out as zero, over one MLP."
+            )
+        if self.shared_expert:
+            raise OptionError("--shared-expert goes with --kind copy; the one MLP under the updates sees every token.")
+        if self.target not in ("auto", "shipped"):
+            raise OptionError(
+                f"--target {self.target} goes with --kind copy; routed LoRA experts are in no format of transformers, "
+                "so their code is shipped."
+            )
+        if self.shard_bytes is not None:
+            raise OptionError("--shard-size goes with --kind copy; routers and updates are one small file.")
 
     @property
     def expert_init(self) -> ExpertInit:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from surgery.checkpoint import Checkpoint, StoredTensor
 from surgery.dtypes import F32
-from surgery.layout import DEFAULT_SHARD_BYTES, TensorSpec, split
-from surgery.moe_families import MODELING_FILE
+from surgery.layout import DEFAULT_SHARD_BYTES, TensorSpec, single_file, split
+from surgery.moe_families import MODELING_FILE, ROUTED_LORA_FILE, UPCYCLED_FAMILIES
 from surgery.operation import carried_files, config_bytes
 from surgery.plan import CopyStep, Plan, Step
 from surgery.upcycling.choice import task_of
@@ -16,9 +16,10 @@ from surgery.upcycling.dense_defaults import with_both_spellings
 from surgery.upcycling.experts import Columns, ExpertsStep, Noisy, Recipe, Redrawn, Same, StackStep, rows_of
 from surgery.upcycling.mixture import ABSENT, Asked, Block, Config, Mixture, SharedExpert, Target
 from surgery.upcycling.mlps import Mlp
-from surgery.upcycling.options import UpcycleOptions
+from surgery.upcycling.options import LORA, UpcycleOptions
 from surgery.upcycling.origins import Origin
 from surgery.upcycling.prompts import Rows
+from surgery.upcycling.routed_lora import factor_steps, mixture_path
 from surgery.upcycling.routers import RouterStep, ZerosStep, given_router
 from surgery.upcycling.shipped import modelling_code
 
@@ -44,6 +45,7 @@ class Upcycling:
         origin: where experts and everything else come from.
         prompts: of each expert, where routers start from their hidden states.
         rows: the routers that come of them; None before the model has run.
+        base: with routed LoRA experts, what the new config says about where the dense weights are.
     """
 
     checkpoint: Checkpoint
@@ -55,6 +57,7 @@ class Upcycling:
     origin: Origin
     prompts: tuple[tuple[str, ...], ...] = ()
     rows: Rows | None = None
+    base: Mapping[str, object] = field(default_factory=dict, kw_only=True)
 
     def mixture_of(self, mlp: Mlp) -> Mixture | None:
         """What an MLP becomes, or None for one that stays dense."""
@@ -68,12 +71,15 @@ class Upcycling:
 
 
 def plan_upcycling(work: Upcycling) -> Plan:
-    """Every tensor of the output and its step, in shards of at most 5 GB."""
-    steps = [*_kept(work), *_added(work)]
+    """Every tensor of the output and its step, in shards of at most 5 GB; routed LoRA experts are one small file."""
+    small = work.options.kind == LORA
+    steps = [] if small else [*_kept(work), *_added(work)]
     for mlp, mixture in work.chosen:
-        steps += _sparse_block(work, mlp, mixture)
+        steps += _low_rank_block(work, mlp, mixture) if small else _sparse_block(work, mlp, mixture)
     specs = [spec for step in steps for spec in step.writes]
     layout = split(specs, "model", work.options.shard_bytes or DEFAULT_SHARD_BYTES)
+    if small:
+        layout = single_file(ROUTED_LORA_FILE, specs)
     files = {"config.json": config_bytes(new_config(work))}
     if work.target.ships:
         files[MODELING_FILE] = modelling_code()
@@ -84,11 +90,14 @@ def plan_upcycling(work: Upcycling) -> Plan:
 
 def new_config(work: Upcycling) -> dict[str, object]:
     """The config of the mixture: the dense one with what differs, in both spellings."""
-    config = {name: value for name, value in work.config.items() if name not in _DROPPED}
+    # Code that is shipped is the dense class's own: what the dense config leaves out means the same there.
+    dense = work.checkpoint.config if work.target.ships else work.config
+    config = {name: value for name, value in dense.items() if name not in _DROPPED}
     architecture = work.target.classes(work.checkpoint.architecture, task_of(work.checkpoint))
     config |= {"model_type": work.target.name, "architectures": [architecture]}
     config |= work.target.configure(Asked(work.checkpoint, work.config, work.mixtures))
-    if "rope_theta" in config or "rope_parameters" in config:
+    config |= work.base
+    if not work.target.ships and ("rope_theta" in config or "rope_parameters" in config):
         config = with_both_spellings(config)
     return {name: value for name, value in config.items() if value is not ABSENT}
 
@@ -117,19 +126,30 @@ def _sparse_block(work: Upcycling, mlp: Mlp, mixture: Mixture) -> Iterator[Step]
     block = work.target.blocks[mlp.stack]
     path = f"{mlp.layer}.{block.path}"
     dtype = F32 if work.target.float32_router else mlp.output.dtype
-    start = work.options.start_of_router
-    router = TensorSpec(f"{path}.{block.router}", dtype, (mixture.experts, mlp.hidden))
-    if start.kind == "zeros":
-        yield ZerosStep(router)
-    elif start.kind == "hidden":
-        yield given_router(router, (work.rows or {}).get((mlp.stack, mlp.number)), mixture.groups)
-    else:
-        yield RouterStep(router, start.std, mixture.groups, work.options.seed)
+    yield _router(work, mlp, mixture, TensorSpec(f"{path}.{block.router}", dtype, (mixture.experts, mlp.hidden)))
     for name, shape in block.corrections:
         yield ZerosStep(TensorSpec(f"{path}.{name}", F32, shape(mixture.experts)))
     yield from _stacked(work, path, block, mlp, mixture) if block.stacks else _separate(work, path, block, mlp, mixture)
     if block.shared is not None and (mixture.shared or block.shared.required):
         yield from _shared(path, block.shared, mlp, mixture, work.options.seed)
+
+
+def _router(work: Upcycling, mlp: Mlp, mixture: Mixture, router: TensorSpec) -> Step:
+    """The router of one layer, as `--router-init` says."""
+    start = work.options.start_of_router
+    if start.kind == "zeros":
+        return ZerosStep(router)
+    if start.kind == "hidden":
+        return given_router(router, (work.rows or {}).get((mlp.stack, mlp.number)), mixture.groups)
+    return RouterStep(router, start.std, mixture.groups, work.options.seed)
+
+
+def _low_rank_block(work: Upcycling, mlp: Mlp, mixture: Mixture) -> Iterator[Step]:
+    """Router and updates of one layer, under the names that they have in memory."""
+    path = mixture_path(UPCYCLED_FAMILIES[work.checkpoint.model_type], work.checkpoint.architecture, mlp)
+    yield _router(work, mlp, mixture, TensorSpec(f"{path}.router.weight", F32, (mixture.experts, mlp.hidden)))
+    assert mixture.rank is not None
+    yield from factor_steps(path, mlp, mixture, mixture.rank, work.options.seed)
 
 
 def _separate(work: Upcycling, path: str, block: Block, mlp: Mlp, mixture: Mixture) -> Iterator[Step]:

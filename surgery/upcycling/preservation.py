@@ -220,7 +220,7 @@ def measure(verification: Verification, output: Path, progress: Progress) -> Pre
         dense = _run(verification.dense, verification, InputError)
         progress.advance(sizes[0])
         # The same inputs: which class reads a tokenizer's files depends on the model type beside them.
-        mixture = _run(output, verification, IntegrityError, dense.inputs)
+        mixture = _run(output, verification, IntegrityError, dense.inputs, verification.dense)
         progress.advance(sizes[1])
     finally:
         progress.stop()
@@ -255,6 +255,7 @@ def _run(
     verification: Verification,
     error: type[InputError | IntegrityError],
     inputs: Inputs | None = None,
+    base: Path | None = None,
 ) -> _Found:
     """Load the model of a folder, run it, and let go of it.
 
@@ -263,12 +264,13 @@ def _run(
         verification: what to run it on, unless `inputs` say.
         error: what a failure means.
         inputs: those of the model that it is compared with.
+        base: where the dense weights are, of a folder that has none of its own.
     """
     from surgery.ops.running import inputs_of, load, quietly
     from surgery.upcycling.loads import Watch
 
     try:
-        loaded = load(folder)
+        loaded = load(folder, base)
         _check_complete(loaded, folder, error)
         inputs = inputs or inputs_of(loaded.model, folder, verification.text)
         watch = Watch(loaded.model)

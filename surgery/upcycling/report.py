@@ -20,6 +20,7 @@ class StackReport:
         capacity: under expert choice: experts to a token on average, else None.
         normalized: whether a token's weights sum to one.
         group: under expert choice: the tokens that compete.
+        rank, alpha: of routed LoRA experts: each is (alpha / rank) B A on top of the one MLP; None for copies.
     """
 
     stack: str
@@ -30,6 +31,8 @@ class StackReport:
     capacity: float | None
     normalized: bool
     group: str | None
+    rank: int | None = None
+    alpha: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ class UpcycleReport(Report):
         target: the model type written.
         architecture: its class.
         stacks: what became of each stack.
+        kind: `copy`, or `lora` for updates of low rank to one MLP.
         init: how the experts started out.
         rest: of several checkpoints or adapters, what became of everything but the experts.
         left_out: tensors that the adapters change and the mixture has as the dense model has them.
@@ -116,6 +120,8 @@ class UpcycleReport(Report):
         router_init: how the routers started out.
         parameters: in all.
         active: of those, the ones a token meets.
+        stored_parameters: of those, the ones in the weight files: all, or with routed LoRA experts all but the dense
+            model's.
         dense_parameters: of the dense model.
         nbytes: of the weight files.
         dense_bytes: of the dense model's.
@@ -132,6 +138,7 @@ class UpcycleReport(Report):
     target: str = ""
     architecture: str = ""
     stacks: tuple[StackReport, ...] = ()
+    kind: str = "copy"
     init: str = ""
     rest: str | None = None
     left_out: tuple[str, ...] = ()
@@ -139,6 +146,7 @@ class UpcycleReport(Report):
     router_init: str = ""
     parameters: int = 0
     active: int = 0
+    stored_parameters: int = 0
     dense_parameters: int = 0
     nbytes: int = 0
     dense_bytes: int = 0

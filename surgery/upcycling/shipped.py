@@ -61,7 +61,10 @@ def _stack(mixture: Mixture) -> dict[str, object]:
         "capacity_factor": mixture.capacity,
         "normalize": mixture.normalized,
         "group": mixture.group,
-        "kind": "copy",
+        "granularity": mixture.groups,
+        **(
+            {"kind": "copy"} if mixture.rank is None else {"kind": "lora", "rank": mixture.rank, "alpha": mixture.alpha}
+        ),
     }
 
 
@@ -69,8 +72,6 @@ def _objections(family: UpcycledFamily, asked: Asked) -> Iterator[str]:
     architecture = asked.checkpoint.architecture
     if architecture and architecture not in family.auto_classes.values():
         yield f"has no class for {plain(architecture)}"
-    if any(mixture.groups > 1 for mixture in asked.mixtures.values()):
-        yield "has no experts smaller than the MLP"
 
 
 def modelling_code() -> bytes:

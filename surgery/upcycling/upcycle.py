@@ -23,8 +23,8 @@ from surgery.upcycling.consumers import choices, who_loads_it
 from surgery.upcycling.dense_defaults import with_defaults
 from surgery.upcycling.enlarge import Enlarging, plan_enlarging, prepare_enlarging, report_on
 from surgery.upcycling.mixture import Mixture
-from surgery.upcycling.mlps import find_mlps
-from surgery.upcycling.options import UpcycleOptions
+from surgery.upcycling.mlps import Mlp, find_mlps
+from surgery.upcycling.options import COPY, LORA, UpcycleOptions
 from surgery.upcycling.origins import Sources, check_sources, origin_of
 from surgery.upcycling.planning import Upcycling, new_config, plan_upcycling
 from surgery.upcycling.preservation import (
@@ -37,6 +37,7 @@ from surgery.upcycling.preservation import (
 )
 from surgery.upcycling.prompts import check_model, read_prompts, router_rows
 from surgery.upcycling.report import StackReport, UpcycleReport
+from surgery.upcycling.routed_lora import factor_parameters, where_base_is
 from surgery.upcycling.seq2seq import SWITCH
 from surgery.upcycling.sparse import format_of
 
@@ -59,11 +60,15 @@ def upcycle(
     if (mixture := format_of(checkpoint)) is not None:
         return _enlarge(prepare_enlarging(checkpoint, mixture, options), output, run_options, verify, text)
     work = prepare(checkpoint, options, sources)
+    target = (
+        Path(output)
+        if output is not None
+        else default_output(checkpoint, next(iter(work.mixtures.values())).experts, options.kind)
+    )
+    if options.kind == LORA:
+        work = replace(work, base=where_base_is(checkpoint, target))
     plan = plan_upcycling(work)
     inputs = [Input("dense", checkpoint), *work.origin.inputs]
-    target = (
-        Path(output) if output is not None else default_output(checkpoint, next(iter(work.mixtures.values())).experts)
-    )
     check_paths(target, inputs, run_options.overwrite)
     report = _report(work, plan, target, run_options)
     bound = relative_bound(work) if report.preserved else None
@@ -153,18 +158,23 @@ def prepare(checkpoint: Checkpoint, options: UpcycleOptions, sources: Sources = 
     return Upcycling(checkpoint, config, mlps, chosen, target, options, origin, prompts)
 
 
-def default_output(checkpoint: Checkpoint, experts: int) -> Path:
-    """`<name>-moe-<experts>x` beside a local checkpoint, and in the working folder for one on a Hub."""
+def default_output(checkpoint: Checkpoint, experts: int, kind: str = COPY) -> Path:
+    """`<name>-moe-<experts>x` beside a local checkpoint, and in the working folder for one on a Hub.
+
+    With routed LoRA experts `<name>-molora-<experts>x`.
+    """
+    ending = f"{'molora' if kind == LORA else 'moe'}-{experts}x"
     if checkpoint.path is None:
-        return Path(f"{Path(checkpoint.label.partition('@')[0]).name}-moe-{experts}x")
+        return Path(f"{Path(checkpoint.label.partition('@')[0]).name}-{ending}")
     place = checkpoint.path.resolve()
     stem = place.name if place.is_dir() else place.stem
-    return place.parent / f"{stem}-moe-{experts}x"
+    return place.parent / f"{stem}-{ending}"
 
 
 def _report(work: Upcycling, plan: Plan, target: Path, run_options: RunOptions) -> UpcycleReport:
     specs = [spec for step in plan.steps for spec in step.writes]
-    parameters = sum(math.prod(spec.shape) for spec in specs)
+    stored = sum(math.prod(spec.shape) for spec in specs)
+    parameters = stored + (work.checkpoint.parameters if work.options.kind == LORA else 0)
     architectures = new_config(work)["architectures"]
     assert isinstance(architectures, list)
     other_layers = choices(work)
@@ -184,15 +194,19 @@ def _report(work: Upcycling, plan: Plan, target: Path, run_options: RunOptions) 
                 capacity=mixture.capacity,
                 normalized=mixture.normalized,
                 group=None if mixture.capacity is None else mixture.group,
+                rank=mixture.rank,
+                alpha=mixture.alpha if mixture.rank is not None else None,
             )
             for stack, mixture in work.mixtures.items()
         ),
+        kind=work.options.kind,
         init=without_paths(work).init,
         rest=_rest(work.options),
         left_out=work.origin.left_out,
         router_init=without_paths(work).router_init,
         parameters=parameters,
-        active=parameters - sum(_idle(mlp.parameters, mixture) for mlp, mixture in work.chosen),
+        active=parameters - sum(_idle(_expert_parameters(mlp, mixture), mixture) for mlp, mixture in work.chosen),
+        stored_parameters=stored,
         dense_parameters=work.checkpoint.parameters,
         nbytes=plan.layout.nbytes,
         dense_bytes=work.checkpoint.nbytes,
@@ -212,12 +226,19 @@ def _rest(options: UpcycleOptions) -> str | None:
     return options.rest or {"from": "average", "adapters": "base"}.get(options.expert_init.kind)
 
 
+def _expert_parameters(mlp: Mlp, mixture: Mixture) -> int:
+    """Parameters of one expert: of an MLP, of a small one, which has the bias of the output whole, or of an update."""
+    if mixture.rank is not None:
+        return factor_parameters(mlp, mixture.rank)
+    split = sum(tensor.numel for part, tensor in mlp.parts.items() if mlp.inner_axis(part) is not None)
+    return split // mixture.groups + mlp.parameters - split
+
+
 def _idle(parameters: int, mixture: Mixture) -> int:
-    """Parameters of one layer's experts that a token does not meet."""
-    one = parameters // mixture.groups
+    """Parameters of one layer's experts that a token does not meet, from those of one expert."""
     active = mixture.top_k if mixture.top_k is not None else mixture.capacity
     assert active is not None
-    return round(max(0.0, mixture.experts - active) * one)
+    return round(max(0.0, mixture.experts - active) * parameters)
 
 
 def is_preserved(work: Upcycling) -> bool:

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from safetensors import safe_open
 
+from surgery.families import family_of
 from surgery.moe import modeling_upcycled
-from surgery.moe_families import MODELING_FILE, UPCYCLED_FAMILIES
+from surgery.moe_families import MODELING_FILE, ROUTED_LORA_FILE, UPCYCLED_FAMILIES
 from tests import models
 from tests.moe_tools import VARIANTS, dense
 
@@ -69,6 +71,29 @@ def test_leaves_are_all_of_the_mlp_and_nothing_else(variant: str, tmp_path: Path
                 assert widens == (leaf.role in ("in", "gate", "up")), stored
         assert getattr(model.config, stack.depth) == 2
         assert stack.causal == (name == "decoder")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_classes_have_the_base_prefix_or_not(name: str) -> None:
+    """In memory, of every class of the family: where the router of a layer is."""
+    family, layouts = UPCYCLED_FAMILIES[name], modeling_upcycled.FAMILIES[name]
+    settings = next(VARIANTS[variant][2] for variant in VARIANTS if VARIANTS[variant][1] == family.config_class)
+    config = getattr(transformers, family.config_class)(**{**settings, "num_labels": 2})
+    stack, table = next(iter(layouts)), next(iter(family.stacks.values()))
+    for class_name in set(family.auto_classes.values()):
+        with torch.device("meta"):
+            model = getattr(transformers, class_name)(config)
+        stored = f"{family.prefix_of(class_name)}{table.layer.format(layer=1)}"
+        model.get_submodule(f"{family_of(name).in_memory(stored)}.{layouts[stack].mlp}")
+    assert family.prefix_of("") == ""  # a file without a class in its config is taken for the base model
+
+
+def test_the_small_file_has_one_name() -> None:
+    assert modeling_upcycled.ROUTED_LORA_FILE == ROUTED_LORA_FILE
+
+
+def test_routed_lora_is_for_mlps_that_are_one_module() -> None:
+    assert [name for name in NAMES if not UPCYCLED_FAMILIES[name].takes_lora] == ["bert", "roberta"]
 
 
 def test_the_table_needs_neither_torch_nor_transformers() -> None:

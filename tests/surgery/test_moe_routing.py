@@ -272,6 +272,11 @@ class Config:
         ({"router": "expert-choice"}, "capacity_factor is 0.0, and must be positive"),
         ({"group": "x"}, "group is 'x', and must be 'sequence' or 'batch'"),
         ({"kind": "x"}, "kind is 'x', and must be 'copy' or 'lora'"),
+        ({"granularity": 0}, "granularity is 0, and must be at least 1"),
+        (
+            {"granularity": 2, "kind": "lora", "rank": 1, "alpha": 1},
+            "granularity is 2, and kind 'lora' has one whole MLP",
+        ),
         ({"kind": "lora"}, "rank is 0 and alpha 0.0, and kind 'lora' needs both"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value[:40],

@@ -79,6 +79,7 @@ DENSE: dict[str, tuple[str, str, dict[str, Any]]] = {
             "max_position_embeddings": 64,
         },
     ),
+    "gemma3_text": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**_TEXT, "head_dim": 8, "sliding_window": 8}),
     **{name: FAMILIES[name] for name in ("vit", "bert", "roberta", "gpt2", "gpt_neox", "gemma", "gemma2", "phi")},
 }  # fmt: skip
 

@@ -140,6 +140,31 @@ def test_router_initialisations(text: str, expected: RouterInit) -> None:
         ({"rest": "first"}, "--rest goes with --init from:... or adapters:..., where there are several models."),
         ({"target": "phixtral"}, "--target is 'phixtral', expected auto, mixtral, glm4_moe,"),
         ({"combine": "sum"}, "--combine is 'sum', expected one of normalized, raw."),
+        ({"kind": "adapter"}, "--kind is 'adapter', expected one of copy, lora."),
+        ({"rank": 8}, "--rank goes with --kind lora; a copy of the MLP has full rank."),
+        ({"alpha": 8.0}, "--alpha goes with --kind lora; a copy of the MLP has full rank."),
+        ({"kind": "lora", "rank": 0}, "--rank is 0, expected at least 1."),
+        ({"kind": "lora", "alpha": -1.0}, "--alpha is -1, expected more than 0."),
+        *(
+            (
+                {"kind": "lora", "init": init},
+                f"--init {init} goes with --kind copy; updates of low rank start out as zero, over one MLP.",
+            )
+            for init in ("noise:1%", "drop:0.5", "granular:2", "from:a,b", "adapters:a,b")
+        ),
+        (
+            {"kind": "lora", "shared_expert": True},
+            "--shared-expert goes with --kind copy; the one MLP under the updates sees every token.",
+        ),
+        (
+            {"kind": "lora", "target": "mixtral"},
+            "--target mixtral goes with --kind copy; routed LoRA experts are in no format of transformers, so their "
+            "code is shipped.",
+        ),
+        (
+            {"kind": "lora", "shard_bytes": 10**9},
+            "--shard-size goes with --kind copy; routers and updates are one small file.",
+        ),
         ({"group": "token"}, "--group is 'token', expected sequence or batch."),
     ],
 )
