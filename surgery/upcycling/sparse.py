@@ -101,9 +101,10 @@ def _granularity(checkpoint: Checkpoint) -> int:
     found = [entry.get("granularity") or 1 for entry in entries] or [1]
     parts = found[0]
     if not isinstance(parts, int) or parts < 1 or any(other != parts for other in found):
+        listed = " and of ".join(map(repr, found))
         raise UnsupportedError(
-            f"{checkpoint.label} has moe_stacks in its config with a granularity of {' and of '.join(map(repr, found))}, "
-            "expected one positive number."
+            f"{checkpoint.label} has moe_stacks in its config with a granularity of {listed}, expected one number of "
+            "at least 1."
         )
     return parts
 

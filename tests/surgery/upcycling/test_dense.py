@@ -115,7 +115,8 @@ def test_a_granularity_that_is_none(tmp_path: Path, found: object) -> None:
     with pytest.raises(UnsupportedError) as caught:
         surgery.dense(tmp_path / "moe", output=tmp_path / "dense")
     assert str(caught.value) == (
-        f"{tmp_path / 'moe'} has moe_stacks in its config with a granularity of {found!r}, expected one positive number."
+        f"{tmp_path / 'moe'} has moe_stacks in its config with a granularity of {found!r}, expected one number of at "
+        "least 1."
     )
 
 
