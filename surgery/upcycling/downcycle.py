@@ -289,18 +289,25 @@ def _mlp(work: Downcycling, block: SparseBlock) -> Iterator[Step]:
         spec = TensorSpec(name, own[0].dtype, own[0].shape)
         if work.groups > 1:
             first = (work.taken or 0) * work.groups
-            yield _joined(name, own[first : first + work.groups], role in ("down", "out"))
+            parts, is_output = own[first : first + work.groups], role in ("down", "out")
+            if kind == "bias" and is_output:
+                yield CopyStep(spec, parts[0])  # each part has it whole
+            else:
+                yield _joined(name, parts, is_output, leaf.transposed)
         elif work.taken is None:
             yield AverageStep(spec, own)
         else:
             yield CopyStep(spec, own[work.taken])
 
 
-def _joined(name: str, parts: Sequence[StoredTensor], output: bool) -> JoinStep:
-    """The parts of a matrix side by side: along the columns, and scaled back, for the one that leads out."""
-    axis = 1 if output else 0
+def _joined(name: str, parts: Sequence[StoredTensor], output: bool, transposed: bool) -> JoinStep:
+    """The parts of a matrix or bias side by side; scaled back for the matrix that leads out."""
+    is_bias = len(parts[0].shape) == 1
+    axis = 0 if is_bias else int(output != transposed)
     shape = tuple(n * len(parts) if at == axis else n for at, n in enumerate(parts[0].shape))
-    return JoinStep(TensorSpec(name, parts[0].dtype, shape), tuple(parts), axis, len(parts) if output else 1)
+    # A bias is gone through as one row.
+    along = 1 if is_bias else axis
+    return JoinStep(TensorSpec(name, parts[0].dtype, shape), tuple(parts), along, len(parts) if output else 1)
 
 
 @dataclass(frozen=True)
@@ -338,7 +345,7 @@ class JoinStep(Step):
         written = 0
         for part in self.parts:
             for begin, _, (tile,) in io.chunks(part):
-                io.write(self.output, written + begin, tile)
+                io.write(self.output, written + begin, tile / self.divisor)
             written += part.rows
         return StepResult()
 

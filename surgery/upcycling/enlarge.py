@@ -289,6 +289,7 @@ def report_on(work: Enlarging, plan: Plan, target: Path, run_options: RunOptions
         router_init="copy",
         parameters=parameters,
         active=parameters - round(idle),
+        stored_parameters=parameters,
         dense_parameters=work.checkpoint.parameters,
         nbytes=plan.layout.nbytes,
         dense_bytes=work.checkpoint.nbytes,

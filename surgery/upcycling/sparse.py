@@ -75,17 +75,38 @@ def format_of(checkpoint: Checkpoint) -> Target | None:
 
 
 def on_record(checkpoint: Checkpoint, target: Target) -> tuple[str | None, int]:
-    """The dense family and the parts of an MLP that `surgery.json` tells of, if `upcycle` wrote it; else None and 1."""
+    """The dense family and the parts of an MLP that `surgery.json` tells of, if `upcycle` wrote it; else None and 1.
+
+    A format that ships its code has the parts in its config.
+    """
+    parts = _granularity(checkpoint) if target.ships else 1
     if checkpoint.path is not None and not checkpoint.path.is_dir():
-        return None, 1
+        return None, parts
     content = read_provenance(checkpoint.folder) or {}
     report = content.get("report")
     if content.get("operation") != "upcycle" or not isinstance(report, dict):
-        return None, 1
+        return None, parts
     source, init = report.get("source"), str(report.get("init"))
     family = source if source in target.sources else None
+    if target.ships:
+        return family, parts
     groups = init.removeprefix("granular:")
     return family, int(groups) if init.startswith("granular:") and groups.isdecimal() and int(groups) > 0 else 1
+
+
+def _granularity(checkpoint: Checkpoint) -> int:
+    """How many parts of an MLP the experts of a format that ships its code are; 1 for whole ones."""
+    stacks = checkpoint.config.get("moe_stacks")
+    entries = [entry for entry in stacks.values() if isinstance(entry, dict)] if isinstance(stacks, dict) else []
+    found = [entry.get("granularity") or 1 for entry in entries] or [1]
+    parts = found[0]
+    if not isinstance(parts, int) or parts < 1 or any(other != parts for other in found):
+        listed = " and of ".join(map(repr, found))
+        raise UnsupportedError(
+            f"{checkpoint.label} has moe_stacks in its config with a granularity of {listed}, expected one number of "
+            "at least 1."
+        )
+    return parts
 
 
 def find_blocks(checkpoint: Checkpoint, target: Target) -> tuple[SparseBlock, ...]:

@@ -59,6 +59,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "granular qwen2_moe": ("qwen2", {"init": "granular:2", "layers": "last:1"}),
     "granular granitemoe": ("granite", {"init": "granular:2"}),
     "granular flex_olmo": ("olmo2", {"init": "granular:2"}),
+    **{
+        f"granular {name}": (name, {"init": "granular:2", "target": "shipped"})
+        for name in ("vit", "bert", "gpt2", "gpt_neox", "t5-gated", "llama-biased")
+    },
 }
 
 
@@ -88,7 +92,7 @@ def test_an_untouched_mixture_gives_the_dense_bits(case: str, tmp_path: Path) ->
 _SAID_ANEW = {"_name_or_path", "transformers_version", "num_decoder_layers", "head_dim", "pad_token_id", "dtype"}
 
 
-@pytest.mark.parametrize("case", ["llama to mixtral", "qwen3 to qwen3_moe", "gpt2"])
+@pytest.mark.parametrize("case", ["llama to mixtral", "qwen3 to qwen3_moe", "gpt2", "granular gpt2"])
 def test_saved_by_transformers_it_gives_the_dense_bits(case: str, tmp_path: Path) -> None:
     """Without surgery.json, and in files that transformers wrote."""
     name, options = CASES[case]
@@ -100,6 +104,20 @@ def test_saved_by_transformers_it_gives_the_dense_bits(case: str, tmp_path: Path
     assert different(tensors_of(tmp_path / "dense"), tensors_of(source.path)) == []
     assert report.target == source.model_type
     assert torch.equal(logits(load(tmp_path / "dense")), logits(load(source.path)))
+
+
+@pytest.mark.parametrize("found", [-2, "2", [2]])
+def test_a_granularity_that_is_none(tmp_path: Path, found: object) -> None:
+    upcycled(stored(tmp_path, "gpt2"), tmp_path / "moe", experts=4)
+    config = json.loads((tmp_path / "moe" / "config.json").read_text())
+    config["moe_stacks"]["decoder"]["granularity"] = found
+    (tmp_path / "moe" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError) as caught:
+        surgery.dense(tmp_path / "moe", output=tmp_path / "dense")
+    assert str(caught.value) == (
+        f"{tmp_path / 'moe'} has moe_stacks in its config with a granularity of {found!r}, expected one number of at "
+        "least 1."
+    )
 
 
 @pytest.fixture

@@ -200,6 +200,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "UpcycledLlamaForCausalLM" in done.stdout
     shown = " ".join(done.stdout.split())
+    # Measured before the folder is there, from which the way to the base leads.
+    assert "difference" in shown
+    assert "same answer for 100% of the positions" in shown
     numbers = sum(t.numel() for t in load_file(tmp_path / "llama-float32-molora-16x" / ROUTED_LORA_FILE).values())
     assert f"{number(numbers)}; the MLP under them is the dense model's" in shown
     assert "16 experts of rank 4 (alpha 4)" in shown

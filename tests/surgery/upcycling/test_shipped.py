@@ -193,6 +193,15 @@ def test_a_folder_without_the_newer_field_loads_as_before(tmp_path: Path) -> Non
     assert relative(logits(load(folder)), logits(make("gpt2"))) < 1e-6
 
 
+def test_small_experts_become_more(tmp_path: Path) -> None:
+    """Twice as many of them, and the same function again."""
+    ship(tmp_path, "gpt2", init="granular:2", experts=8)
+    report = upcycled(open_checkpoint(tmp_path / "moe"), tmp_path / "more", experts=16)
+    assert report.stored_parameters == report.parameters
+    assert entry(tmp_path / "more")["granularity"] == 2
+    assert relative(logits(load(tmp_path / "more")), logits(make("gpt2"))) < 1e-6
+
+
 def test_units_that_do_not_divide_are_refused(tmp_path: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(ship(tmp_path, "gpt2"))
     config.moe_stacks["decoder"]["granularity"] = 5
