@@ -81,8 +81,8 @@ class Loaded:
     unexpected: frozenset[str]
 
 
-def load(path: Path, base: Path | None = None) -> Loaded:
-    """The model of a checkpoint folder, as the class that its config names, in float32.
+def load(path: Path, base: Path | None = None, dtype: torch.dtype | None = None) -> Loaded:
+    """The model of a checkpoint folder, as the class that its config names, in `dtype`, float32 unless given.
 
     `base` is where the dense weights are if the folder has routed LoRA experts alone; by default where it says.
     """
@@ -104,7 +104,7 @@ def load(path: Path, base: Path | None = None) -> Loaded:
             raise InputError(f"{path} names no class of transformers in its config, so it cannot be run.")
         if base is not None and getattr(config, "base_model_name_or_path", None):
             config.base_model_name_or_path, config.base_model_revision = str(base.absolute()), None
-        model, found = cls.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
+        model, found = cls.from_pretrained(path, config=config, dtype=dtype or torch.float32, output_loading_info=True)
     return Loaded(model.eval(), frozenset(found["missing_keys"]), frozenset(found["unexpected_keys"]))
 
 

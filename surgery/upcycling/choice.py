@@ -121,7 +121,8 @@ def choose_target(
     formats = targets_of(checkpoint.model_type, options.kind)
     known = {target.name: target for target in (*NATIVE, *SEQ2SEQ, *formats)}
     if options.target not in (AUTO, SHIPPED, *known):
-        raise OptionError(f"--target is {options.target!r}, expected auto, {', '.join(known)} or {SHIPPED}.")
+        names = ", ".join(name for name in known if name != SHIPPED)
+        raise OptionError(f"--target is {options.target!r}, expected auto, {names} or {SHIPPED}.")
     reasons = {target.name: objections(target, Asked(checkpoint, config, chosen)) for target in formats}
     fitting = [target for target in formats if not reasons[target.name]]
     usable = [t for t in fitting if (t.automatic if options.target == AUTO else t.name == options.target)]

@@ -22,13 +22,14 @@ _OF_MIXTURES = frozenset(
         "num_sparse_encoder_layers", "num_sparse_decoder_layers", "expert_capacity",
         "moe_eval_capacity_token_fraction", "moe_token_dropout", "normalize_router_prob_before_dropping",
         "batch_prioritized_routing", "second_expert_policy", "moe_stacks", "routed_lora_base", "use_qk_norm",
-        "qkv_bias", "auto_map", "transformers_version",
+        "auto_map", "transformers_version",
     )
 )  # fmt: skip
 # What a format says beside these because its class asks for it, and the dense family's does not.
 _EXTRA: Mapping[str, tuple[str, ...]] = {
     "switch_transformers": ("dense_act_fn",),
     "glm4_moe": ("partial_rotary_factor",),
+    "qwen2_moe": ("qkv_bias",),
 }
 _WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 _CLASSES: Mapping[str, str] = {
@@ -95,6 +96,11 @@ def no_dense_class(checkpoint: Checkpoint, target: Target, family: str) -> Itera
                 yield f"has attention biases ({biased!r})"
     if family == "llama" and config.get("sliding_window") is not None and config.get("use_sliding_window", True):
         yield f"has a sliding window (of {config['sliding_window']})"
+    scale = config.get("routed_scaling_factor")
+    if isinstance(scale, int | float) and scale != 1:
+        yield f"multiplies what its experts give (routed_scaling_factor {scale:g})"
+    if target.name == "qwen2_moe" and family == "qwen2" and config.get("qkv_bias") is False:
+        yield "has no attention biases (qkv_bias), and a Qwen2 always has"
     depth = config.get("num_nextn_predict_layers")
     if isinstance(depth, int) and depth > 0:
         yield f"predicts several tokens (num_nextn_predict_layers {depth})"

@@ -19,7 +19,7 @@ from math import prod
 from pathlib import Path
 
 from surgery.checkpoint import Checkpoint, StoredTensor
-from surgery.errors import FormatError, OptionError, UnsupportedError
+from surgery.errors import FormatError, MismatchError, OptionError, UnsupportedError
 from surgery.execute import StepIO
 from surgery.layout import DEFAULT_SHARD_BYTES, TensorSpec, split
 from surgery.names import plain
@@ -67,6 +67,9 @@ class Enlarging:
         return self.options.expert_init
 
 
+_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
 def prepare_enlarging(checkpoint: Checkpoint, target: Target, options: UpcycleOptions) -> Enlarging:
     """Decide everything; raises all that there is to refuse."""
     _check_options(checkpoint, options)
@@ -84,12 +87,21 @@ def prepare_enlarging(checkpoint: Checkpoint, target: Target, options: UpcycleOp
         )
     factor = wanted // count
     problems = [*_objections(checkpoint, target)]
+    groups = on_record(checkpoint, target)[1]
+    if groups > 1:
+        problems.append(f"has experts that are parts of an MLP (granular:{groups}), which must stay side by side")
     if problems:
         reasons = " and ".join(problems)
         raise UnsupportedError(
             f"{checkpoint.label} cannot be enlarged without changing what it computes: it {reasons}."
         )
     top_k = _top_k(checkpoint)
+    said = next((value for name in _COUNTS if isinstance(value := checkpoint.config.get(name), int)), count)
+    if said != count or (top_k or 0) > count:
+        raise MismatchError(
+            f"config.json of {checkpoint.label} says {said} experts and {top_k} of them to a token, but its routers "
+            f"have {count} rows; mend the config first."
+        )
     if options.top_k is not None and options.top_k != factor * (top_k or 0):
         raise OptionError(
             f"--top-k is {options.top_k}, expected {factor * (top_k or 0)}: with {factor} copies of each expert a "

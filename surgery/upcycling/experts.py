@@ -148,7 +148,7 @@ class Redrawn(Recipe):
         import torch
 
         size = (self.source.rows, self.source.columns)[self.axis]
-        count = round(self.share * size)
+        count = max(1, round(self.share * size))
         chosen = stream(self.seed, self.positions).choice(size, count, replace=False)
         chosen.sort()
         index = torch.from_numpy(chosen)

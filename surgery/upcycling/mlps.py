@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from surgery.checkpoint import Checkpoint, StoredTensor
-from surgery.errors import FormatError, UnsupportedError, several
+from surgery.errors import FormatError, InputError, UnsupportedError, several
 from surgery.moe_families import UPCYCLED_FAMILIES, Leaf, Stack
 from surgery.names import expert_of, plain
 
@@ -110,6 +110,8 @@ def find_mlps(checkpoint: Checkpoint) -> tuple[Mlp, ...]:
             f"{', '.join(_ENLARGED)}, and those that ship their code."
         )
     stacks = stacks_of(checkpoint.model_type)
+    if not checkpoint.model_type:
+        raise InputError(f"{checkpoint.label} has no config.json that names its model_type; give the whole folder.")
     if not stacks:
         raise UnsupportedError(
             f"{checkpoint.label} is of type {plain(checkpoint.model_type or 'unknown')!r}, for whose feed-forward "
@@ -152,6 +154,12 @@ def _problems(checkpoint: Checkpoint, mlps: list[Mlp], stacks: Mapping[str, Stac
             yield (
                 f"{checkpoint.label} has {len(own)} feed-forward blocks up to layer {max(numbers)} of its {stack}; "
                 f"{f'layers {missing} are missing' if missing else 'some layers have two'}."
+            )
+        said = checkpoint.config.get(stacks[stack].depth)
+        if own and isinstance(said, int) and numbers == list(range(len(own))) and said != len(own):
+            yield (
+                f"{checkpoint.label} holds {len(own)} layers of its {stack}, but config.json says "
+                f"{stacks[stack].depth} {said}; give the whole model, or mend the config."
             )
         for mlp in own:
             if "out.weight" not in mlp.parts and "down.weight" not in mlp.parts:

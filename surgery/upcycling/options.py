@@ -22,9 +22,9 @@ DEFAULT_TOP_K = 2
 DEFAULT_CAPACITY = 2.0
 DEFAULT_RANK = 16
 
-_NUMBER = r"\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|\.\d+"
+_NUMBER = r"[0-9]{1,9}(?:\.[0-9]{0,9})?(?:[eE]-?[0-9])?|\.[0-9]{1,9}"
 _AMOUNT = re.compile(rf"(?P<number>{_NUMBER})(?P<percent>%)?")
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_RANGE = re.compile(r"([0-9]+)(?:-([0-9]+))?")
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def parse_init(text: str) -> ExpertInit:
         return ExpertInit("noise", float(match["number"]) / (100 if relative else 1), relative)
     if kind == "drop" and match is not None and not match["percent"] and 0 < float(match["number"]) <= 1:
         return ExpertInit("drop", float(match["number"]))
-    if kind == "granular" and value.isdecimal() and int(value) >= 2:
+    if kind == "granular" and _is_number(value) and int(value) >= 2:
         return ExpertInit("granular", groups=int(value))
     if kind in ("from", "adapters"):
         paths = tuple(path.strip() for path in value.split(","))
@@ -222,6 +222,10 @@ def parse_init(text: str) -> ExpertInit:
         f"--init is {text!r}, expected copy, noise:STD (or noise:1%), drop:RATIO (up to 1), granular:G (2 or more), "
         "from:CHECKPOINT,CHECKPOINT,... or adapters:ADAPTER,ADAPTER,..."
     )
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
 
 
 def parse_router_init(text: str) -> RouterInit:
@@ -247,7 +251,7 @@ def parse_layers(text: str, depth: int, option: str = "--layers") -> tuple[int, 
         return tuple(range(depth))
     if word == "last" and value == "half":
         return tuple(range(depth - max(1, depth // 2), depth))
-    if word in ("last", "every") and value.isdecimal() and int(value) > 0:
+    if word in ("last", "every") and _is_number(value) and int(value) > 0:
         count = int(value)
         if word == "last":
             if count > depth:

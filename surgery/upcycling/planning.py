@@ -22,9 +22,12 @@ from surgery.upcycling.prompts import Rows
 from surgery.upcycling.routed_lora import factor_steps, mixture_path
 from surgery.upcycling.routers import RouterStep, ZerosStep, given_router
 from surgery.upcycling.shipped import modelling_code
+from surgery.upcycling.tokenizers import tokenizer_file
 
 # Settings of a dense config that say nothing about a mixture, or that its class would read otherwise.
-_DROPPED = ("auto_map", "pretraining_tp", "mlp_bias", "transformers_version", "_name_or_path")
+_DROPPED = ("auto_map", "transformers_version", "_name_or_path")
+# What no native mixture has; the code that travels builds its experts by them.
+_NOT_NATIVE = ("pretraining_tp", "mlp_bias")
 
 
 # Of the gate before a silent shared expert.
@@ -80,7 +83,7 @@ def plan_upcycling(work: Upcycling) -> Plan:
     layout = split(specs, "model", work.options.shard_bytes or DEFAULT_SHARD_BYTES)
     if small:
         layout = single_file(ROUTED_LORA_FILE, specs)
-    files = {"config.json": config_bytes(new_config(work))}
+    files = {"config.json": config_bytes(new_config(work)), **tokenizer_file(work.checkpoint)}
     if work.target.ships:
         files[MODELING_FILE] = modelling_code()
     place = {info.name: n for n, info in enumerate(info for file in layout.files for info in file.entries)}
@@ -92,7 +95,8 @@ def new_config(work: Upcycling) -> dict[str, object]:
     """The config of the mixture: the dense one with what differs, in both spellings."""
     # Code that is shipped is the dense class's own: what the dense config leaves out means the same there.
     dense = work.checkpoint.config if work.target.ships else work.config
-    config = {name: value for name, value in dense.items() if name not in _DROPPED}
+    dropped = _DROPPED if work.target.ships else (*_DROPPED, *_NOT_NATIVE)
+    config = {name: value for name, value in dense.items() if name not in dropped}
     architecture = work.target.classes(work.checkpoint.architecture, task_of(work.checkpoint))
     config |= {"model_type": work.target.name, "architectures": [architecture]}
     config |= work.target.configure(Asked(work.checkpoint, work.config, work.mixtures))

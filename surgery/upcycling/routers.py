@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from surgery.checkpoint import StoredTensor
 from surgery.dtypes import DType
-from surgery.errors import UnsupportedError
+from surgery.errors import NonFiniteError, UnsupportedError
 from surgery.execute import StepIO
 from surgery.layout import TensorSpec
 from surgery.plan import Step, StepResult
@@ -138,6 +138,9 @@ def encoded(values: np.ndarray, dtype: DType) -> memoryview:
     """
     import numpy as np
 
+    largest = 65_504.0 if dtype.name == "F16" else 3.3e38
+    if not np.all(np.abs(values) < largest):
+        raise NonFiniteError(f"The router's numbers do not fit {dtype}; give --router-init a smaller deviation.")
     if dtype.name == "BF16":  # the upper half of a float32
         bits = values.view(np.uint32)
         return memoryview(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes())
