@@ -9,8 +9,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import OptionError, UnsupportedError
-from surgery.families import part_of
-from surgery.names import natural_key, split_parameter
+from surgery.families import family_of, part_of
+from surgery.names import split_parameter
 from surgery.sites import TARGETS, Kind, Site, select
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def expert_parameters(model: Any) -> list[str]:
 
 
 def live_sites(model: Any) -> dict[str, Site]:
-    """Every place of a model in memory that LoRA can act on, as `sites.find_sites` gives for a stored one."""
+    """Every place of a model that LoRA can act on, as `sites.find_sites` has them, in the order of modules."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -120,8 +120,11 @@ def live_sites(model: Any) -> dict[str, Site]:
             whole = f"{name}.{parameter}"
             part = part_of(whole, tensor.shape, words)
             if part in ("experts", "router") and tensor.ndim in (2, 3):
-                found[whole] = Site(whole, Kind.PARAMETER, part, (), tensor.shape[-2], tensor.shape[-1])
-    return {name: found[name] for name in sorted(found, key=natural_key)}
+                out, wide = tensor.shape[-2:]
+                if tensor.ndim == 3 and family_of(model.config.model_type).transposed_stacks:
+                    out, wide = wide, out
+                found[whole] = Site(whole, Kind.PARAMETER, part, (), out, wide)
+    return found
 
 
 def chosen_sites(model: Any, targets: str) -> dict[str, Site]:

@@ -12,7 +12,7 @@ from surgery.errors import FormatError, MissingExtraError, OptionError, Unsuppor
 from surgery.names import split_parameter
 from surgery.train.methods import anatomy, folders
 from surgery.train.methods.options import PROMPT_BESIDE_LORA, MethodOptions, parse_top
-from surgery.train.methods.prepared import Prepared, Save, State, parameter_groups, trained
+from surgery.train.methods.prepared import Prepared, Save, State, own_name, parameter_groups, trained
 
 if TYPE_CHECKING:
     import torch
@@ -42,9 +42,9 @@ def apply_method(model: Any, options: MethodOptions | None = None) -> Prepared:
     if kind == "checkpoint":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name in allowed)
-    frozen = _matching(dict(model.named_parameters()), options.freeze, "--freeze")
+    frozen = _matching([own_name(name) for name, _ in model.named_parameters()], options.freeze, "--freeze")
     for name, parameter in model.named_parameters():
-        if name in frozen:
+        if own_name(name) in frozen:
             parameter.requires_grad_(False)
     parameters = trained(model)
     if not parameters:

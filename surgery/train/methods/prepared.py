@@ -59,6 +59,15 @@ def trained(model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def own_name(name: str) -> str:
+    """The name that a parameter had before PEFT wrapped its module, which is what a user's pattern means.
+
+    >>> own_name("base_model.model.model.layers.0.mlp.gate.modules_to_save.default.weight")
+    'model.layers.0.mlp.gate.weight'
+    """
+    return name.removeprefix("base_model.model.").replace(".modules_to_save.default", "").replace(".base_layer.", ".")
+
+
 def parameter_groups(
     parameters: Mapping[str, torch.nn.Parameter], factors: Sequence[tuple[str, float]] = ()
 ) -> list[dict[str, Any]]:
@@ -73,7 +82,7 @@ def parameter_groups(
     """
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter in parameters.items():
-        factor = next((factor for pattern, factor in factors if re.search(pattern, name)), 1.0)
+        factor = next((factor for pattern, factor in factors if re.search(pattern, own_name(name))), 1.0)
         decays = parameter.ndim >= 2 and not _UNDECAYED.search(name)
         group = groups.setdefault(
             (factor, decays), {"params": [], "names": [], "lr": factor, **({} if decays else {"weight_decay": 0.0})}
