@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from surgery.errors import UnsupportedError
 from surgery.families import part_of
-from surgery.train.methods import anatomy
+from surgery.training.methods import anatomy
 
 if TYPE_CHECKING:
     from surgery.sites import Site

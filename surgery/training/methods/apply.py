@@ -5,25 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import FormatError, MissingExtraError, OptionError, UnsupportedError
 from surgery.names import split_parameter
-from surgery.train.methods import anatomy, folders
-from surgery.train.methods.options import PROMPT_BESIDE_LORA, MethodOptions, parse_top
-from surgery.train.methods.prepared import Prepared, Save, State, own_name, parameter_groups, trained
+from surgery.training.methods import anatomy, folders
+from surgery.training.methods.options import PROMPT_BESIDE_LORA, MethodOptions, parse_top
+from surgery.training.methods.prepared import Prepared, Save, State, own_name, parameter_groups, trained
 
 if TYPE_CHECKING:
     import torch
 
 
-def apply_method(model: Any, options: MethodOptions | None = None) -> Prepared:
+def apply_method(model: Any, options: MethodOptions | None = None, learning_rate: float | None = None) -> Prepared:
     """Prepare a transformers model for training, in place.
 
     Args:
         model: as `from_pretrained` gives it, on any device; on the meta device it can be counted.
         options: what to train; LoRA on all linear layers by default.
+        learning_rate: at its highest; the method's own by default.
 
     Raises:
         UnsupportedError: the method trains nothing on this model, or cannot be had with it.
@@ -31,7 +33,7 @@ def apply_method(model: Any, options: MethodOptions | None = None) -> Prepared:
         MissingExtraError: PEFT is not installed, and the method is PEFT's.
     """
     options = options or MethodOptions()
-    allowed = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    allowed = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     extra = _matching(allowed, [pattern for pattern, _ in options.train], "--train")
     head = [f"{module}." for module in anatomy.head_modules(model)] if options.head else []
     extra |= {name for name in allowed if name.startswith(tuple(head))} if head else set()
@@ -53,10 +55,10 @@ def apply_method(model: Any, options: MethodOptions | None = None) -> Prepared:
         model=model,
         method=options.name,
         kind=kind,
-        groups=parameter_groups(parameters, _factors(options)),
+        groups=parameter_groups(parameters, learning_rate or options.learning_rate, _factors(options)),
         trainable=sum(parameter.numel() for parameter in parameters.values()),
-        learning_rate=options.learning_rate,
         adds_tokens="prompt" in options.kind or "prefix" in options.kind,
+        needs_labels=options.infix_tokens > 0,
         _save=save,
     )
 
@@ -81,7 +83,7 @@ def load_method(model: Any, folder: str | Path, trainable: bool = False) -> Any:
         from peft import PeftModel
     except ImportError as error:
         raise MissingExtraError("peft", "train") from error
-    from surgery.train.methods.lora import known_warnings
+    from surgery.training.methods.lora import known_warnings
 
     with known_warnings():
         loaded = PeftModel.from_pretrained(model, str(place), is_trainable=trainable)
@@ -106,11 +108,11 @@ def _choose(model: Any, options: MethodOptions, extra: set[str]) -> Made:
         raise UnsupportedError(_NOTHING[options.kind].format(model=anatomy.name_of(model)))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and (name in chosen or name in extra))
-    return model, lambda folder, state: folders.save_checkpoint(model, folder, state), "checkpoint"
+    return model, partial(folders.save_checkpoint, model), "checkpoint"
 
 
 def _lora(model: Any, options: MethodOptions, extra: set[str]) -> Made:
-    from surgery.train.methods.lora import add_lora
+    from surgery.training.methods.lora import add_lora
 
     whole = sorted({split_parameter(name)[0] for name in extra})
     # A head is stored as one module, under the name that PEFT gives it by itself.
@@ -121,8 +123,8 @@ def _lora(model: Any, options: MethodOptions, extra: set[str]) -> Made:
 
 
 def _bottleneck(model: Any, options: MethodOptions, extra: set[str]) -> Made:
-    from surgery.train.methods.bottleneck import CHILD, add_bottlenecks
-    from surgery.train.methods.lora import base_name
+    from surgery.training.methods.bottleneck import CHILD, add_bottlenecks
+    from surgery.training.methods.lora import base_name
 
     both = options.kind == "adapter-h"
     add_bottlenecks(model, options.rank, both, options.seed)
@@ -130,7 +132,8 @@ def _bottleneck(model: Any, options: MethodOptions, extra: set[str]) -> Made:
         parameter.requires_grad_(CHILD in name.split(".") or name in extra)
     settings = {"method": options.kind, "rank": options.rank}
 
-    def save(folder: Path, state: State | None) -> None:
+    def save(folder: Path, dtype: torch.dtype | None, state: State | None) -> None:
+        del dtype
         found = state or model.state_dict()
         kept = [n for n, p in model.named_parameters() if p.requires_grad or CHILD in n.split(".")]
         folders.save_own({name: found[name] for name in kept}, folder, base_name(model, options), settings)
@@ -139,8 +142,8 @@ def _bottleneck(model: Any, options: MethodOptions, extra: set[str]) -> Made:
 
 
 def _virtual(model: Any, options: MethodOptions, extra: set[str]) -> Made:
-    from surgery.train.methods.lora import base_name
-    from surgery.train.methods.prompts import PromptedModel, add_virtual_tokens
+    from surgery.training.methods.lora import base_name
+    from surgery.training.methods.prompts import PromptedModel, add_virtual_tokens
 
     if options.train:
         raise OptionError(
@@ -152,7 +155,8 @@ def _virtual(model: Any, options: MethodOptions, extra: set[str]) -> Made:
     name = base_name(model, options)
     wrapped = add_virtual_tokens(model, options)
 
-    def save(folder: Path, state: State | None) -> None:
+    def save(folder: Path, dtype: torch.dtype | None, state: State | None) -> None:
+        del dtype
         if isinstance(wrapped, PromptedModel):
             found = state or wrapped.state_dict()
             tensors = {key: found[key] for key in ("prompt", "infix")}
@@ -170,17 +174,17 @@ def _lora_and_virtual(model: Any, options: MethodOptions, extra: set[str]) -> Ma
     outer, save_virtual, _ = _virtual(model, replace(options, train=(), head=True), set())
     _thaw(model, wanted)
 
-    def save(folder: Path, state: State | None) -> None:
+    def save(folder: Path, dtype: torch.dtype | None, state: State | None) -> None:
         (folder / folders.PROMPT_FOLDER).mkdir(exist_ok=True)
         if state is not None:
             # The outer wrapper's names to those of the inner one.
             at = next(name for name, module in outer.named_modules() if module is model)
             start = f"{at}."
             inside = {f"base_model.model.{k.removeprefix(start)}": v for k, v in state.items() if k.startswith(start)}
-            save_lora(folder, inside)
+            save_lora(folder, dtype, inside)
         else:
-            save_lora(folder, None)
-        save_virtual(folder / folders.PROMPT_FOLDER, state)
+            save_lora(folder, dtype, None)
+        save_virtual(folder / folders.PROMPT_FOLDER, dtype, state)
 
     return outer, save, "adapter"
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import UnsupportedError
-from surgery.train.methods import anatomy
-from surgery.train.methods.lora import known_warnings, task_type
-from surgery.train.methods.options import MethodOptions
+from surgery.training.methods import anatomy
+from surgery.training.methods.lora import known_warnings, task_type
+from surgery.training.methods.options import MethodOptions
 
 IGNORED = -100
 
@@ -64,9 +64,9 @@ def _begin_with_tokens(virtual: Tensor, model: Any, seed: int) -> None:
 class PromptedModel(nn.Module):
     """A causal language model that sees `p` virtual tokens before each row and `i` before its completion.
 
-    The completion begins at the first label that counts; without labels, the infix stands at the row's end, where the
-    model is about to answer. Logits are those of the longer rows. Padding is on the right in training; in generation
-    it is on the left as ever.
+    The completion begins at the first label that counts. Without labels the infix stands at the row's end, where the
+    model is about to answer: so does `generate`. Logits are those of the n tokens that were given: what stands at a
+    token's place foretells the token after it, with the infix seen where that is the completion's first.
 
     Attributes:
         base: the model.
@@ -104,37 +104,46 @@ class PromptedModel(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **others: Any
     ) -> Any:
-        """(B, n) tokens to what the base returns for B rows of p + n + i."""
-        longer, mask, wider = self._lengthened(input_ids, attention_mask, labels)
+        """(B, n) tokens to what the base returns, with logits (B, n, V) and, given labels, the loss."""
+        longer, mask, place = self._lengthened(input_ids, attention_mask, labels)
         others.pop("position_ids", None)
-        return self.base(inputs_embeds=longer, attention_mask=mask, labels=wider, **others)
+        counted = {"num_items_in_batch": others.pop("num_items_in_batch", None)}
+        outputs = self.base(inputs_embeds=longer, attention_mask=mask, **others)
+        # Where the token after each one stands, less one; the last of a row has none, and keeps its own place.
+        before_next = torch.cat([place[:, 1:] - 1, place[:, -1:]], dim=1)  # (B, n)
+        outputs.logits = outputs.logits.gather(1, before_next[..., None].expand(-1, -1, outputs.logits.shape[2]))
+        if labels is not None:
+            size = outputs.logits.shape[2]
+            outputs.loss = self.base.loss_function(logits=outputs.logits, labels=labels, vocab_size=size, **counted)
+        return outputs
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Tensor:
-        """What the base generates after the prompts and their infix; the new tokens alone."""
+        """What the base generates after the prompts and their infix; the new tokens alone. Pad on the left."""
         longer, mask, _ = self._lengthened(input_ids, attention_mask, None)
         new: Tensor = self.base.generate(inputs_embeds=longer, attention_mask=mask, **others)
         return new
 
     def _lengthened(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings (B, p + n + i, d), their mask, and where each token has gone: (B, n)."""
         rows, n = input_ids.shape
         p, i = len(self.prompt), len(self.infix)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         at = _completions(attention_mask, labels)[:, None]  # (B, 1)
-        place = torch.arange(p + n + i, device=input_ids.device)[None]  # (1, p + n + i)
-        # Where each token of the longer row comes from, in [prompt | infix | tokens].
-        source = torch.where(place < p, place, torch.where(place < p + at, place + i, place - at))
-        source = torch.where(place >= p + at + i, place, source)
+        old = torch.arange(n, device=input_ids.device)[None]
+        place = old + p + i * (old >= at)  # (B, n)
         words = self.base.get_input_embeddings()(input_ids)  # (B, n, d)
         virtual = torch.cat([self.prompt, self.infix]).to(words.dtype).expand(rows, -1, -1)
-        pool = torch.cat([virtual, words], dim=1)
-        longer = pool.gather(1, source[..., None].expand(-1, -1, pool.shape[2]))
-        mask = torch.cat([attention_mask.new_ones(rows, p + i), attention_mask], dim=1).gather(1, source)
-        if labels is None:
-            return longer, mask, None
-        return longer, mask, torch.cat([labels.new_full((rows, p + i), IGNORED), labels], dim=1).gather(1, source)
+        own = torch.cat(
+            [torch.arange(p, device=at.device).expand(rows, -1), at + p + torch.arange(i, device=at.device)], 1
+        )
+        # Rows of [prompt | infix | tokens], sorted by the places they go to.
+        order = torch.cat([own, place], dim=1).argsort(dim=1)
+        longer = torch.cat([virtual, words], dim=1).gather(1, order[..., None].expand(-1, -1, words.shape[2]))
+        mask = torch.cat([attention_mask.new_ones(rows, p + i), attention_mask], dim=1).gather(1, order)
+        return longer, mask, place
 
 
 def _completions(attention_mask: Tensor, labels: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from surgery.errors import FormatError, MismatchError, several
 if TYPE_CHECKING:
     import torch
 
-    from surgery.train.methods.prepared import State
+    from surgery.training.methods.prepared import State
 
 SETTINGS = "surgery_method.json"
 TENSORS = "surgery_method.safetensors"
@@ -27,8 +27,11 @@ FORMAT = 1
 PROMPT_FOLDER = "prompt"
 
 
-def save_checkpoint(model: Any, folder: Path, state: State | None) -> None:
-    """The whole model, as transformers stores it."""
+def save_checkpoint(model: Any, folder: Path, dtype: torch.dtype | None, state: State | None) -> None:
+    """The whole model, as transformers stores it; in `dtype`, if one is given, which changes the model."""
+    if dtype is not None:
+        model.to(dtype)
+        state = state and {n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}
     model.save_pretrained(folder, state_dict=None if state is None else dict(state))
 
 

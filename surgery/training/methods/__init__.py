@@ -8,8 +8,8 @@ Source of the methods: Hu et al., "LoRA" (2021), section 5.1, which compares the
 
 from __future__ import annotations
 
-from surgery.train.methods.apply import apply_method, load_method
-from surgery.train.methods.options import METHODS, MethodOptions, parse_rate, parse_top
-from surgery.train.methods.prepared import Prepared
+from surgery.training.methods.apply import apply_method, load_method
+from surgery.training.methods.options import METHODS, MethodOptions, parse_rate, parse_top
+from surgery.training.methods.prepared import Prepared
 
 __all__ = ["METHODS", "MethodOptions", "Prepared", "apply_method", "load_method", "parse_rate", "parse_top"]

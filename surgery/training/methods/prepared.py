@@ -12,10 +12,27 @@ if TYPE_CHECKING:
     import torch
 
 State = Mapping[str, "torch.Tensor"]
-Save = Callable[[Path, "State | None"], None]
+Save = Callable[[Path, "torch.dtype | None", "State | None"], None]
 
 # Soft prompts are not weights: decaying them pulls towards a token that does not exist.
 _UNDECAYED = re.compile(r"prompt|prefix|embed|\bwte\b|\bwpe\b|\bshared\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a learning rate.
+
+    Attributes:
+        params: trained.
+        lr: at its highest.
+        names: of `params`, in order.
+        decays: whether weight decay is for them: not for vectors (biases, norms), embeddings and soft prompts.
+    """
+
+    params: Sequence[torch.nn.Parameter] = field(repr=False)
+    lr: float
+    names: Sequence[str] = field(default=(), repr=False)
+    decays: bool = True
 
 
 @dataclass(frozen=True)
@@ -26,32 +43,36 @@ class Prepared:
         model: what to call and to train; for PEFT's methods a wrapper around the one that was given.
         method: as asked for, such as `top:2`.
         kind: what `save` writes: an "adapter", or a whole "checkpoint".
-        groups: for an optimiser: each has `params`, `names`, `lr` (a factor on the learning rate), and `weight_decay`
-            0 where there shall be none.
+        groups: every trained parameter once, with its learning rate.
         trainable: how many numbers are trained; one that is shared counts once.
-        learning_rate: to start from where none is given.
         adds_tokens: whether virtual tokens stand between those of the input, so that rows must not be packed.
+        needs_labels: whether the model must be called with `labels` in training, to know where completions begin.
     """
 
     model: Any
     method: str
     kind: str
-    groups: list[dict[str, Any]] = field(repr=False)
+    groups: list[Group] = field(repr=False)
     trainable: int
-    learning_rate: float
     adds_tokens: bool = False
-    _save: Save = field(default=lambda _folder, _state: None, repr=False, compare=False)
+    needs_labels: bool = False
+    _save: Save = field(default=lambda _folder, _dtype, _state: None, repr=False, compare=False)
 
-    def save(self, folder: str | Path, state: State | None = None) -> None:
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None, state: State | None = None) -> None:
         """Write what was trained.
 
         Args:
             folder: made if it is not there.
+            dtype: of a checkpoint's weights, if other than in memory. Adapters are stored as they were trained.
             state: the state dict of `model`, where it has been gathered from several devices.
         """
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)
-        self._save(place, state)
+        self._save(place, dtype, state)
+
+    def optimizer_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """The groups as torch's optimisers take them."""
+        return [{"params": [*g.params], "lr": g.lr, "weight_decay": weight_decay * g.decays} for g in self.groups]
 
 
 def trained(model: Any) -> dict[str, torch.nn.Parameter]:
@@ -69,24 +90,21 @@ def own_name(name: str) -> str:
 
 
 def parameter_groups(
-    parameters: Mapping[str, torch.nn.Parameter], factors: Sequence[tuple[str, float]] = ()
-) -> list[dict[str, Any]]:
-    """Parameters by learning rate and weight decay.
+    parameters: Mapping[str, torch.nn.Parameter], rate: float, factors: Sequence[tuple[str, float]] = ()
+) -> list[Group]:
+    """Parameters by learning rate and weight decay, in order of first appearance.
 
     Args:
         parameters: those that are trained, by name.
-        factors: patterns searched in names, each with a factor on the learning rate; the first that fits counts.
-
-    Returns:
-        Groups in order of first appearance. Vectors (biases, norms), embeddings and soft prompts do not decay.
+        rate: the learning rate.
+        factors: patterns searched in names, each with a factor on it; the first that fits counts.
     """
-    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    found: dict[tuple[float, bool], list[str]] = {}
     for name, parameter in parameters.items():
         factor = next((factor for pattern, factor in factors if re.search(pattern, own_name(name))), 1.0)
         decays = parameter.ndim >= 2 and not _UNDECAYED.search(name)
-        group = groups.setdefault(
-            (factor, decays), {"params": [], "names": [], "lr": factor, **({} if decays else {"weight_decay": 0.0})}
-        )
-        group["params"].append(parameter)
-        group["names"].append(name)
-    return list(groups.values())
+        found.setdefault((factor, decays), []).append(name)
+    return [
+        Group([parameters[name] for name in names], rate * factor, tuple(names), decays)
+        for (factor, decays), names in found.items()
+    ]

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from surgery.errors import OptionError, UnsupportedError
 from surgery.names import split_parameter
 from surgery.sites import Kind
-from surgery.train.methods import anatomy
-from surgery.train.methods.folders import save_peft
-from surgery.train.methods.options import MethodOptions
+from surgery.training.methods import anatomy
+from surgery.training.methods.folders import save_peft
+from surgery.training.methods.options import MethodOptions
 
 if TYPE_CHECKING:
     import torch
 
-    from surgery.train.methods.prepared import Save, State
+    from surgery.training.methods.prepared import Save, State
 
 
 def task_type(model: Any) -> str | None:
@@ -55,7 +55,7 @@ def add_lora(model: Any, options: MethodOptions, whole: list[str]) -> tuple[Any,
     base = base_name(model, options)
     start = _factors(wrapped) if options.pissa and not on_meta else {}
 
-    def save(folder: Path, state: State | None) -> None:
+    def save(folder: Path, _dtype: torch.dtype | None, state: State | None) -> None:
         save_peft(wrapped, folder, state, base, (lambda t, c: _without_changed_base(t, c, start)) if start else None)
 
     return wrapped, save
