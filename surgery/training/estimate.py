@@ -40,6 +40,7 @@ class EstimateOptions:
         devices: that the run is spread over.
         sharding: one of `SHARDING`.
         task: one of `meta.TASKS`; by default as the config says.
+        activations: run the step without data; a large model takes seconds for it.
     """
 
     method: MethodOptions = field(default_factory=MethodOptions)
@@ -54,6 +55,7 @@ class EstimateOptions:
     devices: int = 1
     sharding: str = "none"
     task: str | None = None
+    activations: bool = True
 
     def __post_init__(self) -> None:
         for name in ("weight_bytes", "trained_bytes", "master_bytes", "gradient_bytes", "optimizer_bytes"):
@@ -168,7 +170,10 @@ def estimate(label: str, config: Mapping[str, Any], options: EstimateOptions | N
     saved = parameters * width if whole else prepared.trainable * trained_width
     length = options.length or min(512, _longest(model))
     inputs = example_inputs(prepared.model, options.batch_size, length)
-    activations, notes = _activations(prepared.model, inputs, options.checkpointing)
+    activations: int | None = None
+    notes: tuple[str, ...] = ("The total is without activations, which were not asked for.",)
+    if options.activations:
+        activations, notes = _activations(prepared.model, inputs, options.checkpointing)
     shares = _shares(options)
     gradient_width = trained_width if options.gradient_bytes is None else options.gradient_bytes
     parts = {
@@ -231,12 +236,13 @@ def _largest_layer(model: Any) -> int:
 def _activations(model: Any, inputs: Mapping[str, Any], checkpointing: bool) -> tuple[int | None, tuple[str, ...]]:
     """Bytes, and a note where they are not known."""
     from surgery.training.meta import peak_of_step
+    from surgery.training.methods.lora import known_warnings
 
     try:
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            if hasattr(model, "enable_input_require_grads"):
-                model.enable_input_require_grads()
+            inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "base", model)
+            with known_warnings():
+                inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return peak_of_step(model, inputs), ()
     except UnsupportedError as error:
         return None, (f"{error} The total is without them.",)

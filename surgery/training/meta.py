@@ -22,7 +22,7 @@ ATTENTION = "surgery_shapes"
 # What a task is called, and transformers' auto class for it.
 TASKS = {
     "causal-lm": "AutoModelForCausalLM",
-    "text-classification": "AutoModelForSequenceClassification",
+    "classification": "AutoModelForSequenceClassification",
     "seq2seq": "AutoModelForSeq2SeqLM",
     "image-classification": "AutoModelForImageClassification",
 }
@@ -61,12 +61,24 @@ def empty_model(label: str, config: Mapping[str, Any], dtype: torch.dtype, task:
         if found is None and isinstance(architecture, str):
             found = getattr(transformers, architecture, None) or getattr(modeling_upcycled, architecture)
         found = found or transformers.AutoModelForCausalLM
-        with torch.device("meta"):
-            if hasattr(found, "_from_config"):
-                return found._from_config(made, dtype=dtype)
-            return found.from_config(made, dtype=dtype)
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+        build = getattr(found, "_from_config", None) or found.from_config
+        with torch.device("meta"), _silent(transformers):
+            model = build(made, dtype=dtype)
+    except Exception as error:  # whatever a hostile config makes a model's code raise
         raise InputError(f"{label}: transformers makes no model of its config.json ({first_line(error)}).") from error
+    model.config.use_cache = False  # as in training
+    return model
+
+
+@contextlib.contextmanager
+def _silent(transformers: Any) -> Iterator[None]:
+    """Without what transformers logs about settings, which are not ours to change."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 def first_line(error: BaseException) -> str:
@@ -105,7 +117,9 @@ def peak_of_step(model: Any, inputs: Mapping[str, torch.Tensor]) -> int:
     ]
     model.train()
     try:
-        with counter, _shapes_only(model):
+        import transformers
+
+        with counter, _shapes_only(model), _silent(transformers):
             counter.ignored = own
             model(**inputs).loss.backward()
     except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
@@ -158,10 +172,12 @@ def _shapes_only(model: Any) -> Iterator[None]:
     """Let attention and mixtures of experts run without data for a while."""
     from unittest import mock
 
+    import torch
     import transformers
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "base", model)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch("torch.autocast", _autocast(torch.autocast)))
         if getattr(base, "_supports_sdpa", False):
             transformers.AttentionInterface.register(ATTENTION, _attention)
             before = base.config._attn_implementation
@@ -173,6 +189,15 @@ def _shapes_only(model: Any) -> Iterator[None]:
             elif hasattr(module, "gate_up_proj") and hasattr(module, "down_proj") and hasattr(module, "num_experts"):
                 stack.enter_context(mock.patch.object(module, "forward", _stacked_experts(module)))
         yield
+
+
+def _autocast(real: Any) -> Any:
+    """`torch.autocast`, which has nothing for the meta device and refuses even to be switched off there."""
+
+    def autocast(device_type: str, *arguments: Any, **keywords: Any) -> Any:
+        return contextlib.nullcontext() if device_type == "meta" else real(device_type, *arguments, **keywords)
+
+    return autocast
 
 
 def _attention(_module: Any, query: Any, key: Any, value: Any, _mask: Any, **_others: Any) -> tuple[Any, None]:

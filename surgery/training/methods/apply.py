@@ -103,7 +103,8 @@ Made = tuple[Any, Save, str]
 
 def _choose(model: Any, options: MethodOptions, extra: set[str]) -> Made:
     """Methods that train some of the model's own parameters."""
-    chosen = set(_CHOOSE[options.kind](model, options))
+    heads = tuple(f"{module}." for module in anatomy.head_modules(model)) if not options.head else ()
+    chosen = {name for name in _CHOOSE[options.kind](model, options) if not name.startswith(heads)}
     if not chosen:
         raise UnsupportedError(_NOTHING[options.kind].format(model=anatomy.name_of(model)))
     for name, parameter in model.named_parameters():

@@ -48,7 +48,9 @@ def add_lora(model: Any, options: MethodOptions, whole: list[str]) -> tuple[Any,
     """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(**_settings(model, options, whole), task_type=task_type(model))
+    # For a classifier PEFT trains and stores the head, too, asked or not.
+    task = None if anatomy.head_modules(model) and not options.head else task_type(model)
+    config = LoraConfig(**_settings(model, options, whole), task_type=task)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     with known_warnings():
         wrapped = get_peft_model(model, config, low_cpu_mem_usage=on_meta)
@@ -66,7 +68,7 @@ def known_warnings() -> Iterator[None]:
     """Without what PEFT warns of although it is meant (tied layers, Conv1D), and what it calls that will be renamed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"peft\.")
-        warnings.filterwarnings("ignore", category=FutureWarning, message=r".*is_gradient_checkpointing")
+        warnings.filterwarnings("ignore", category=FutureWarning, message=r".*gradient_checkpointing")
         yield
 
 
