@@ -82,6 +82,12 @@ ROWS: list[tuple[str, str, dict[str, Any], int, float, float]] = [
     ("gpt3", "prompt", {"prompt_tokens": 512, "infix_tokens": 8}, 6_389_760, 6.4e6, 0.1e6),
     ("gpt3", "adapter-h", {"rank": 1}, 7_077_888 + 192, 7.1e6, 0.1e6),
     ("gpt3", "adapter-h", {"rank": 16}, 77_859_840, 77.9e6, 0.1e6),
+    ("gpt3", "adapter-h", {"rank": 4}, 21_233_664 + 768, 21.2e6, 0.1e6),
+    ("gpt3", "adapter-h", {"rank": 8}, 40_108_032 + 1_536, 40.1e6, 0.1e6),
+    ("gpt3", "adapter-h", {"rank": 64}, 304_349_184 + 12_288, 304.4e6, 0.1e6),
+    ("gpt3", "lora", {"rank": 2, **_QV_GPT2}, 9_437_184, 9.4e6, 0.1e6),
+    ("gpt3", "lora", {"rank": 8, **_QV_GPT2}, 37_748_736, 37.7e6, 0.1e6),
+    ("gpt3", "lora", {"rank": 64, **_QV_GPT2}, 301_989_888, 301.9e6, 0.1e6),
     ("gpt3", "lora", {"rank": 4, **_QV_GPT2}, 18_874_368, 18.8e6, 0.1e6),
     ("gpt3", "lora", {"rank": 1, **_QV_GPT2}, 4_718_592, 4.7e6, 0.1e6),
     ("gpt3", "lora+prompt", {"rank": 8, "prompt_tokens": 12, **_QV_GPT2}, 37_748_736 + 147_456, 37.8e6, 0.1e6),
@@ -117,10 +123,40 @@ def test_slips_of_the_paper(slip: tuple[str, str, dict[str, Any], float, str]) -
     assert abs(found - printed) > 0.03 * printed
 
 
-def test_the_papers_prefixes_count_something_else() -> None:
-    """PreLayer has L d (p + i) numbers; keys and values of PEFT's prefix tuning are twice that."""
-    for tokens in (4, 8, 16, 36, 64):
-        assert counted("gpt2-medium", "prefix", prompt_tokens=tokens) == 2 * 24 * 1024 * tokens
+@pytest.mark.parametrize(
+    ("name", "rank", "expected", "printed"),
+    [
+        ("roberta-base", 16, 304_320, 0.3e6),
+        ("roberta-base", 48, 894_528, 0.9e6),
+        ("roberta-large", 16, 811_392, 0.8e6),
+        ("roberta-large", 64, 3_171_840, 3.0e6),  # a slip: the weights alone are 3 x 2^20
+    ],
+)
+def test_one_adapter_to_a_layer_without_a_norm(name: str, rank: int, expected: int, printed: float) -> None:
+    """AdapterDrop and Pfeiffer's adapter are half of Houlsby's."""
+    assert 2 * expected == counted(name, "adapter-h", rank=rank, head=False)
+    assert (abs(expected - printed) <= 0.1e6) is (printed != 3.0e6)
+
+
+# Virtual tokens at every layer: what the paper prints, in millions, and its own formula L d l gives another number.
+PRELAYER = {4: (5.1, 4.72), 8: (10.1, 9.44), 16: (20.2, 18.87), 36: (44.1, 42.47), 64: (76.1, 75.50)}
+
+
+@pytest.mark.parametrize("tokens", PRELAYER)
+def test_the_papers_prefixes_count_something_else(tokens: int) -> None:
+    """PreLayer replaces activations, L d l numbers; keys and values of PEFT's prefix tuning are twice that."""
+    printed, formula = PRELAYER[tokens]
+    found = counted("gpt3", "prefix", prompt_tokens=tokens)
+    assert found == 2 * 96 * 12288 * tokens
+    assert found / 2 == pytest.approx(formula * 1e6, abs=0.01e6)
+    assert printed * 1e6 > found / 2 + 0.3e6
+
+
+def test_lora_with_prefixes() -> None:
+    """LoRA+PL: 51.9M by the paper's formulas, and 52.8M in its table."""
+    both = counted("gpt3", "lora+prefix", rank=8, prompt_tokens=12, **_QV_GPT2)
+    lora = counted("gpt3", "lora", rank=8, **_QV_GPT2)
+    assert lora + (both - lora) / 2 == pytest.approx(51.905e6, abs=0.001e6)
 
 
 def test_the_budget_of_eighteen_million() -> None:
