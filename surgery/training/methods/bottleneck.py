@@ -29,7 +29,8 @@ class Bottleneck(nn.Module):
 
     def __init__(self, hidden: int, width: int, normed: bool, like: nn.Parameter, generator: torch.Generator) -> None:
         super().__init__()
-        place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        # What is trained has float32 at least, whatever the model has.
+        place: dict[str, Any] = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
         self.norm = nn.LayerNorm(hidden, **place) if normed else nn.Identity()
         self.down = nn.Linear(hidden, width, **place)
         self.up = nn.Linear(width, hidden, **place)
@@ -43,8 +44,8 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) to (..., d)."""
-        changed: Tensor = x + self.up(nn.functional.gelu(self.down(self.norm(x))))
-        return changed
+        change: Tensor = self.up(nn.functional.gelu(self.down(self.norm(x.to(self.down.weight.dtype)))))
+        return x + change.to(x.dtype)
 
 
 def add_bottlenecks(model: Any, rank: int, both: bool, seed: int) -> None:

@@ -350,6 +350,29 @@ def test_a_fresh_adapter_changes_nothing(family: str, method: str) -> None:
     assert torch.equal(logits(fresh, given), logits(models.make(family), given))
 
 
+@pytest.mark.parametrize("method", ["lora", "adapter-h", "adapter-l", "prompt", "lora+prefix"])
+def test_what_is_added_is_trained_in_float32(method: str, tmp_path: Path) -> None:
+    """On a model in bfloat16, too, whose own weights keep their dtype; and it is stored so."""
+    model = models.make("llama").to(torch.bfloat16)
+    prepared = apply_method(model, MethodOptions(method, rank=R))
+    assert {p.dtype for group in prepared.groups for p in group.params} == {torch.float32}
+    losses = steps(prepared, batch(models.make("llama")))
+    assert losses[-1] < losses[0]
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    prepared.save(tmp_path, torch.bfloat16)
+    for file in tmp_path.rglob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}
+
+
+def test_a_checkpoint_is_stored_in_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
+    prepared = apply_method(models.make("llama"), MethodOptions("top:1"))
+    state = {name: tensor.clone() + 1 for name, tensor in prepared.model.state_dict().items()}
+    prepared.save(tmp_path / "a", torch.bfloat16, state)
+    stored = load_file(tmp_path / "a/model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert torch.equal(stored["lm_head.weight"], state["lm_head.weight"].to(torch.bfloat16))
+
+
 _ENDS = {
     "llama": ("self_attn.o_proj", "mlp.down_proj"),
     "gpt2": ("attn.c_proj", "mlp.c_proj"),
