@@ -61,7 +61,7 @@ def similarity(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         right: (d, b), likewise.
 
     Returns:
-        (a, b), from 0 (orthogonal) to 1 (one holds the other); entry [i - 1, j - 1] is phi(i, j). With p = min(i, j) and
+        (a, b), from 0 (orthogonal) to 1 (one holds the other); phi(i, j) is at [i - 1, j - 1]. With p = min(i, j) and
         the projection distance d^2 = p - sum of squared cosines it is 1 - d^2 / p; appendix G misprints that.
     """
     import torch
