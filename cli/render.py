@@ -10,6 +10,7 @@ from rich.console import Console
 from surgery.cli.render_adapters import extraction, merged, restored
 from surgery.cli.render_algebra import combination
 from surgery.cli.render_dense import downcycled
+from surgery.cli.render_estimate import estimated
 from surgery.cli.render_exchange import converted, linted
 from surgery.cli.render_look import adapter, checkpoint, compared, verified
 from surgery.cli.render_mixtures import upcycled
@@ -23,6 +24,7 @@ DRAWINGS: dict[str, Callable[[Console, Any, bool], None]] = {
     "CompareReport": compared,
     "ConvertReport": converted,
     "DenseReport": downcycled,
+    "EstimateReport": estimated,
     "ExtractReport": extraction,
     "LintReport": linted,
     "MergeReport": merged,

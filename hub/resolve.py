@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from surgery.adapter import Adapter, open_adapter, read_adapter
 from surgery.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
 from surgery.errors import InputError
-from surgery.folder import Folder, LocalFolder
+from surgery.folder import Folder, LocalFolder, read_json
 from surgery.source import kind_of
 
 # Folders of a diffusers pipeline that LoRAs act on.
@@ -57,6 +57,20 @@ def resolve_folder(reference: Reference) -> Folder | Path:
     if kind_of(place) is None:
         raise InputError(f"{place} does not exist.")
     return LocalFolder(place) if place.is_dir() else place
+
+
+def resolve_config(reference: Reference | Checkpoint) -> tuple[str, Mapping[str, object]]:
+    """What to call a checkpoint, and its `config.json`; weights need not be there."""
+    if isinstance(reference, Checkpoint):
+        return reference.label, reference.config
+    place = resolve_folder(reference)
+    if isinstance(place, Path):
+        raise InputError(f"{place} is a file without a config; name the folder that holds config.json.")
+    if "config.json" in place.names():
+        return place.label, read_json(place.open("config.json"))
+    if "adapter_config.json" in place.names():
+        raise InputError(f"{place.label} is an adapter; name the checkpoint that it belongs to.")
+    raise InputError(f"{place.label} has no config.json, which says what model it is.")
 
 
 def resolve_bases(reference: Reference | Checkpoint | None) -> dict[str, Checkpoint]:

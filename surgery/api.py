@@ -18,8 +18,10 @@ from surgery.keywords import (
     CombineKeywords,
     ConvertKeywords,
     DenseKeywords,
+    EstimateKeywords,
     ExtractKeywords,
     MergeKeywords,
+    MethodKeywords,
     ResizeKeywords,
     RunKeywords,
     SubtractKeywords,
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from surgery.ops.lint import LintReport
     from surgery.ops.verify import CompareReport, VerifyReport
     from surgery.reports import CombineReport, ConvertReport, ExtractReport, MergeReport, RestoreReport
+    from surgery.training.estimate import EstimateReport
     from surgery.upcycling.report import DenseReport, UpcycleReport
 
     CheckpointLike = str | os.PathLike[str] | Checkpoint
@@ -346,6 +349,51 @@ def dense(
     run, options = _split(keywords)
     chosen = DenseOptions(**options)
     return run_dense(resolve_checkpoint(checkpoint), output, chosen, run)
+
+
+def estimate(checkpoint: CheckpointLike, **keywords: Unpack[EstimateKeywords]) -> EstimateReport:
+    """Say what a training run would take; `config.json` is enough.
+
+    Args:
+        checkpoint: the model.
+        **keywords:
+            method: `lora` (the default), `full`, `top:N`, `bitfit`, `prompt`, `prefix`, `adapter-h`, `adapter-l`,
+                `lora+prompt`, `lora+prefix`, `router`, `experts`, or `selected`, the default with `train`.
+            rank: of LoRA, and the bottleneck of adapters; 16 by default.
+            alpha: of LoRA; 32 by default, and 8 with `rslora`.
+            targets: where LoRA acts; `all-linear` by default.
+            dropout: of LoRA, before A.
+            rslora: scale LoRA by alpha/sqrt(rank).
+            dora: train magnitudes apart from directions.
+            pissa: begin LoRA with the leading singular vectors of each weight.
+            lora_plus: the learning rate of B over that of A.
+            prompt_tokens: virtual tokens before the input; 8 by default.
+            infix_tokens: virtual tokens between prompt and completion.
+            train: patterns of parameters to train besides, each with a factor on the learning rate.
+            freeze: patterns of parameters not to train.
+            head: train a classifier's head; True by default.
+            task: `causal-lm`, `classification`, `seq2seq` or `image-classification`; by default as the config says.
+            activations: tell them, too, which takes seconds for a large model; True by default.
+            batch_size: rows on each device; 1 by default.
+            length: tokens of a row; 512 by default.
+            checkpointing: compute activations again in the backward pass.
+            devices: that share the work.
+            sharding: what they share out: `none` (the default), `optimizer`, `gradients` or `full`.
+            weight_bytes: width of the model's weights; by default as the config says.
+            trained_bytes: width of what is trained; by default 4 for adapters, else that of the weights.
+            master_bytes: width of a second copy of it; 0 by default.
+            gradient_bytes: width of gradients; by default that of what is trained.
+            optimizer_bytes: of the optimiser's states together; 8 by default.
+    """
+    from surgery.hub.resolve import resolve_config
+    from surgery.training.estimate import EstimateOptions
+    from surgery.training.estimate import estimate as run_estimate
+    from surgery.training.methods.options import MethodOptions
+
+    _check_keywords("estimate", keywords, EstimateKeywords)
+    given: dict[str, Any] = dict(keywords)
+    method = {name: given.pop(name) for name in MethodKeywords.__optional_keys__ if name in given}
+    return run_estimate(*resolve_config(checkpoint), EstimateOptions(method=MethodOptions(**method), **given))
 
 
 def _resolved(

@@ -141,6 +141,42 @@ class DenseKeywords(HashingKeywords, total=False):
     shard_bytes: int | None
 
 
+class MethodKeywords(TypedDict, total=False):
+    """What is trained, see `surgery.training.methods.MethodOptions`."""
+
+    method: str | None
+    rank: int
+    alpha: float | None
+    targets: str | None
+    dropout: float
+    rslora: bool
+    dora: bool
+    pissa: bool
+    lora_plus: float
+    prompt_tokens: int | None
+    infix_tokens: int
+    train: tuple[tuple[str, float], ...]
+    freeze: tuple[str, ...]
+    head: bool
+
+
+class EstimateKeywords(MethodKeywords, total=False):
+    """What a run would look like, see `surgery.training.estimate.EstimateOptions`."""
+
+    task: str | None
+    activations: bool
+    batch_size: int
+    length: int | None
+    checkpointing: bool
+    devices: int
+    sharding: str
+    weight_bytes: float | None
+    trained_bytes: float | None
+    master_bytes: float
+    gradient_bytes: float | None
+    optimizer_bytes: float
+
+
 class VerifyKeywords(TypedDict, total=False):
     """How to compare, and how to run what only looks.
 

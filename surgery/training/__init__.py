@@ -1,0 +1,1 @@
+"""Training: what is trained (`methods`), and what it takes (`estimate`). Needs the extra `train`."""
