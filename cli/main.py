@@ -32,6 +32,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "resize": ("surgery.cli.algebra:resize", "Bring an adapter to another rank."),
     "upcycle": ("surgery.cli.mixtures:upcycle", "Make a mixture of experts of a dense checkpoint."),
     "dense": ("surgery.cli.mixtures:dense", "Make a dense checkpoint of a mixture of experts."),
+    "train": (
+        "surgery.cli.training:train",
+        "Train a checkpoint on texts, prompts, chats, labels or pictures.",
+    ),
     "verify": ("surgery.cli.look:verify", "Check an output against its provenance, or compare two checkpoints."),
     "push": ("surgery.cli.hub:push", "Check a model or an adapter and commit it to a registry."),
     "pull": ("surgery.cli.hub:pull", "Fetch a model or an adapter from a registry into a folder."),

@@ -22,6 +22,7 @@ from surgery.api import (
     restore,
     subtract,
     switch,
+    train,
     upcycle,
     verify,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "restore",
     "subtract",
     "switch",
+    "train",
     "upcycle",
     "verify",
 ]

@@ -1,4 +1,4 @@
-"""Training of what the tools make: one loop on accelerate, transformers, PEFT and datasets, which are imported here only.
+"""Training of what the tools make: one loop on accelerate, transformers, PEFT and datasets, imported when used.
 
 Not called `train`, because `surgery.train` is the function.
 """

@@ -1,6 +1,6 @@
 """Which items make up each forward pass, and the tensors of one. All of it follows from the seed: nothing to save.
 
-    B: rows of a batch     n: tokens of its longest row
+B: rows of a batch     n: tokens of its longest row
 """
 
 from __future__ import annotations

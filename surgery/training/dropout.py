@@ -11,7 +11,7 @@ _PARTS = {"self_attn", "attn", "attention", "self_attention", "mlp", "block_spar
 
 
 def add_residual_dropout(model: Any, top: float) -> int:
-    """Drop outputs of attention and MLP before they are added: nothing at the bottom layer, a share of `top` at the top.
+    """Drop outputs of attention and MLP before they are added: none at the bottom layer, a share of `top` at the top.
 
     Returns:
         How many parts now drop.

@@ -264,6 +264,8 @@ def _shorten(found: Examples, long: NDArray[np.bool_], limit: int, how: str) -> 
     if found.rows.kind != "text":
         raise OptionError("--over-length split is for plain text; its pieces could not stand alone otherwise.")
     starts = [range(0, int(length), limit) for length in found.pieces[:, 2]]
-    split = [(row, start, min(start + limit, int(found.pieces[row, 2]))) for row, all_ in enumerate(starts) for start in all_]
+    split = [
+        (row, start, min(start + limit, int(found.pieces[row, 2]))) for row, all_ in enumerate(starts) for start in all_
+    ]
     pieces = np.array(split, dtype=np.int64)
     return replace(found, pieces=pieces, counts=pieces[:, 2] - pieces[:, 1] - 1, longer=number)

@@ -1,6 +1,6 @@
 """Pictures as a vision model wants them.
 
-    B: pictures     C: channels     H, W: height and width
+B: pictures     C: channels     H, W: height and width
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Pictures:
         return {"pixel_values": pixels, "labels": torch.tensor([int(self.label(row["label"])) for row in rows])}
 
     def pixels(self, image: Any) -> np.ndarray:
-        """One picture, float32 [C, H, W]: of Pillow, or an array [H, W], [H, W, C] or [C, H, W], 0 to 255 or fractions."""
+        """One picture, float32 [C, H, W]. `image` is Pillow's, or [H, W], [H, W, C] or [C, H, W], bytes or 0.0 to 1.0."""
         if hasattr(image, "convert"):
             image = image.convert("L" if self.channels == 1 else "RGB")
             if image.size != (self.width, self.height):
@@ -69,7 +69,7 @@ class Pictures:
             array = array.repeat(self.channels, axis=-1)
         if array.shape != (self.height, self.width, self.channels):
             array = _resized(array, self.height, self.width)
-        normal = (array.astype(np.float32) - np.float32(self.mean)) / np.float32(self.std)
+        normal = (array.astype(np.float32) - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(normal.transpose(2, 0, 1), dtype=np.float32)
 
 

@@ -16,71 +16,22 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from surgery.errors import NonFiniteError
 from surgery.training import state
-from surgery.training.batches import Batch, Schedule, share
-from surgery.training.examples import Examples
-from surgery.training.options import TrainOptions
-from surgery.training.prepared import Prepared
-from surgery.training.rates import optimizer_groups, rate
+from surgery.training.batches import Batch, share
+from surgery.training.evaluation import evaluate, predictions_of, silenced
+from surgery.training.rates import make_optimizer, optimizer_groups, rate
 from surgery.training.routers import Routers
-from surgery.training.tasks import Task, model_inputs
+from surgery.training.tasks import model_inputs
+from surgery.training.work import Line, Work, schedule_of
 
 if TYPE_CHECKING:
     import torch
-
-Line = dict[str, Any]
-
-
-class TrainProgress(Protocol):
-    """Told how many steps there are and how many are done, and then about each."""
-
-    def start(self, steps: int, done: int) -> None: ...
-    def step(self, line: Line) -> None: ...
-    def note(self, text: str) -> None: ...
-    def stop(self) -> None: ...
-
-
-class Silent:
-    """Says nothing."""
-
-    def start(self, steps: int, done: int) -> None: ...
-    def step(self, line: Line) -> None: ...
-    def note(self, text: str) -> None: ...
-    def stop(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Work:
-    """What to train on what.
-
-    Attributes:
-        task: gives the loss.
-        prepared: the model and what of it is trained.
-        examples: to train on.
-        held_out: to evaluate on; None for none.
-        batch: makes the tensors of some items.
-        steps: of the optimiser, in all.
-        root: the folder of the state.
-        options: as given.
-        progress: told about each step.
-    """
-
-    task: Task
-    prepared: Prepared
-    examples: Examples
-    held_out: Examples | None
-    batch: Callable[[Examples, Sequence[int]], Batch]
-    steps: int
-    root: Path
-    options: TrainOptions
-    progress: TrainProgress = field(default_factory=Silent)
 
 
 class Loop:
@@ -156,10 +107,8 @@ class Loop:
         """One forward and backward pass: the loss is this process's part of the step's mean."""
         inner, task = self.work.prepared.model, self.work.task
         batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-        inputs = model_inputs(inner, task, batch)
-        if task.name in ("causal-lm", "seq2seq"):
-            inputs["use_cache"] = False
-        outputs = self.model(**inputs, **(self.routers.call if self.routers else {}))
+        asked = self.routers.call if self.routers is not None else {}
+        outputs = self.model(**model_inputs(inner, task, batch), **asked)
         # Processes average their gradients; the sum over all of them is what is wanted.
         scale = self.accelerator.num_processes / predictions
         own = task.loss(outputs.logits, batch["labels"])
@@ -167,7 +116,7 @@ class Loop:
         self.loss += own.detach() / predictions
         if self.routers is not None and (routings := self.routers.routings(outputs, batch.get("attention_mask"))):
             aux, z = self.routers.loss(routings, outputs)
-            part = _predictions(batch["labels"], task) * scale
+            part = predictions_of(batch["labels"], task) * scale
             loss = loss + part * (self.routers.aux * aux + self.routers.z * z)
             self.aux += part / self.accelerator.num_processes * aux.detach()
             self.z += part / self.accelerator.num_processes * z.detach()
@@ -182,7 +131,7 @@ class Loop:
             mine = share(rows, process, processes)
             # A process without rows of its own takes part all the same: it looks at a row and learns nothing from it.
             batch = self.work.batch(self.work.examples, mine or rows[:1])
-            return batch if mine else _silenced(batch)
+            return batch if mine else silenced(batch)
 
         with ThreadPoolExecutor(1) as pool:
             coming = [pool.submit(make, rows) for rows in window[first : first + 1]]
@@ -325,7 +274,7 @@ class Loop:
     def _signals(self) -> Iterator[None]:
         """Ctrl-C, or a polite request to end, ends the run after the pass that is under way; a second one at once."""
 
-        def stop(number: int, _: object) -> None:
+        def stop(_signal: int, _frame: object) -> None:
             if self.stopping:
                 raise KeyboardInterrupt
             self.stopping = True
@@ -353,75 +302,15 @@ class Loop:
         return float(self.accelerator.reduce(value, reduction="sum"))
 
 
-def evaluate(model: Any, work: Work, examples: Examples, accelerator: Any) -> Line:
-    """The loss on held-out examples, and how many of the predictions are right. Draws no random numbers."""
-    import torch
-
-    size, processes = work.options.batch_size, accelerator.num_processes
-    sums = torch.zeros(3, dtype=torch.float64)
-    model.eval()
-    with torch.no_grad():
-        for first in range(0, len(examples), size * processes):
-            rows = list(range(first, min(first + size * processes, len(examples))))
-            mine = share(rows, accelerator.process_index, processes)
-            batch = work.batch(examples, mine or rows[:1])
-            batch = {k: v.to(accelerator.device) for k, v in (batch if mine else _silenced(batch)).items()}
-            logits = model(**model_inputs(work.prepared.model, work.task, batch)).logits
-            labels = batch["labels"]
-            right = 0 if labels.dtype.is_floating_point else int(work.task.right(logits, labels))
-            sums += torch.tensor([float(work.task.loss(logits, labels)), right, _predictions(labels, work.task)])
-    model.train()
-    loss, right, predictions = accelerator.reduce(sums.to(accelerator.device), reduction="sum").tolist()
-    found: Line = {"eval_loss": loss / predictions, "eval_predictions": int(predictions)}
-    if work.task.classifies and not labels.dtype.is_floating_point:
-        found["eval_accuracy"] = right / predictions
-    elif not work.task.classifies:
-        found |= {"eval_token_accuracy": right / predictions, "eval_perplexity": math.exp(min(loss / predictions, 700))}
-    return found
-
-
-def schedule_of(examples: Examples, options: TrainOptions, processes: int) -> Schedule:
-    """The order in which examples are gone through."""
-    return Schedule(len(examples), options.batch_size * processes, options.gradient_accumulation, options.seed)
-
-
-def make_optimizer(groups: list[dict[str, Any]], options: TrainOptions) -> Any:
-    """AdamW with the options' settings; learning rates are set before each step."""
-    import torch
-
-    settings: dict[str, Any] = {"betas": (options.beta1, options.beta2), "eps": options.epsilon, "lr": 0.0}
-    if options.optimizer == "adamw-8bit":
-        import bitsandbytes  # type: ignore[import-not-found, unused-ignore]
-
-        return bitsandbytes.optim.AdamW8bit(groups, **settings)
-    return torch.optim.AdamW(groups, fused=True, **settings)
-
-
 def peak_memory() -> int:
     """Bytes at most so far: of the GPU where there is one, else of this process."""
     import resource
 
     import torch
 
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _predictions(labels: torch.Tensor, task: Task) -> int:
-    """How many predictions of a batch the loss is about."""
-    if labels.dtype.is_floating_point:
-        return int((~labels.isnan()).sum())
-    return int(((labels[:, 1:] if task.name == "causal-lm" else labels) >= 0).sum())
-
-
-def _silenced(batch: Batch) -> Batch:
-    """A batch with nothing to learn."""
-    import torch
-
-    labels = batch["labels"]
-    none = torch.full_like(labels, float("nan")) if labels.dtype.is_floating_point else torch.full_like(labels, -100)
-    return {**batch, "labels": none}
 
 
 def _below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ class TrainOptions:
         eval_data: the same, to measure the loss on.
         eval_split: instead, the share of `data` to hold out, or from 1 on the number of examples.
         task: one of `TASKS`; told from checkpoint and data where it is None.
-        loss: `auto` for the loss on what the model is to say (completions, the assistant's turns), `all` for everything.
+        loss: `auto` for the loss on what the model is to say (completions, the assistant's turns), `all` for all.
         tokenizer: a folder or id to take the tokenizer from, instead of the checkpoint.
         chat_template: a Jinja file instead of the tokenizer's template.
         end_token: ends each completion and each text, instead of the tokenizer's end token; added to the vocabulary if

@@ -39,7 +39,7 @@ def draw_loss(lines: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw_experts(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """For each sparse layer the experts' shares over time, 1 being an even share; below, entropy and uncovered tokens."""
+    """For each sparse layer the experts' shares over time; below, entropy and uncovered tokens."""
     from matplotlib.figure import Figure
 
     seen = [line for line in lines if line.get("load")]
@@ -63,7 +63,9 @@ def draw_experts(lines: Sequence[dict[str, Any]], path: Path) -> None:
         bar = figure.colorbar(image, ax=figure.axes, shrink=0.7)
         bar.set_label("tokens of an expert / an even share")
     x = [line["step"] for line in seen]
-    for row, (name, title) in enumerate((("router_entropy", "router entropy, nats"), ("uncovered", "uncovered tokens"))):
+    for row, (name, title) in enumerate(
+        (("router_entropy", "router entropy, nats"), ("uncovered", "uncovered tokens"))
+    ):
         axes = figure.add_subplot(grid[rows + row, :])
         for layer in layers:
             axes.plot(x, [line[name][layer] for line in seen], lw=0.8, label=layer)

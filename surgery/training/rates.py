@@ -46,3 +46,15 @@ def optimizer_groups(prepared: Prepared, options: TrainOptions) -> tuple[list[di
     if not groups:
         raise OptionError(f"--method {options.method} trains nothing on this model.")
     return groups, peaks
+
+
+def make_optimizer(groups: list[dict[str, Any]], options: TrainOptions) -> Any:
+    """AdamW with the options' settings; learning rates are set before each step."""
+    import torch
+
+    settings: dict[str, Any] = {"betas": (options.beta1, options.beta2), "eps": options.epsilon, "lr": 0.0}
+    if options.optimizer == "adamw-8bit":
+        import bitsandbytes  # type: ignore[import-not-found, unused-ignore]
+
+        return bitsandbytes.optim.AdamW8bit(groups, **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)

@@ -59,7 +59,6 @@ class Rows:
             line = _nth(_csv_lines(file), row)
         return f"{file}, example {row + 1}" if line is None else f"{file}, line {line}"
 
-
     def fault(self, error: Exception) -> FormatError:
         """What is wrong with the files, where reading the rows raised `error`."""
         found = (text for file in self.files for text in _faults(_BUILDERS.get(file.suffix.lower(), ""), file))
@@ -143,8 +142,8 @@ def _kind(source: str, dataset: Any) -> str:
         if columns >= set(needed):
             return kind
     raise InputError(
-        f"{source} has the columns {', '.join(map(repr, sorted(columns)))}, expected 'text', 'prompt' and 'completion', "
-        "'messages', 'text' and 'label', 'image' and 'label', or 'input_ids'."
+        f"{source} has the columns {', '.join(map(repr, sorted(columns)))}, expected 'text', 'prompt' and "
+        "'completion', 'messages', 'text' and 'label', 'image' and 'label', or 'input_ids'."
     )
 
 
@@ -178,9 +177,8 @@ def _faults(builder: str, file: Path) -> Iterator[str]:
     if file.stat().st_size == 0:
         yield f"{file} is empty."
     elif builder == "json":
-        checks: Iterator[tuple[int, bytes]]
-        checks = enumerate(open(file, "rb"), 1) if file.suffix.lower() != ".json" else iter([(1, file.read_bytes())])
-        for number, line in checks:
+        whole = file.read_bytes()
+        for number, line in enumerate(whole.split(b"\n") if file.suffix.lower() != ".json" else [whole], 1):
             if not line.strip():
                 continue
             try:

@@ -67,7 +67,11 @@ class Routers:
 
             return {name: mixture.routing for name, mixture in mixtures(self.model).items() if mixture.routing}
         found: dict[str, Routing] = {}
-        for field_name, stack in (("router_logits", ""), ("encoder_router_logits", "encoder."), ("decoder_router_logits", "decoder.")):
+        for field_name, stack in (
+            ("router_logits", ""),
+            ("encoder_router_logits", "encoder."),
+            ("decoder_router_logits", "decoder."),
+        ):
             for number, logits in enumerate(getattr(outputs, field_name, None) or ()):
                 logits = logits[0] if isinstance(logits, tuple) else logits
                 real = mask if stack != "decoder." else None
@@ -113,7 +117,7 @@ class Routers:
             self.sums[name] = sums if name not in self.sums else self.sums[name] + sums
 
     def figures(self, reduce: Any = lambda sums: sums) -> dict[str, Any]:
-        """Per layer since the last call: each expert's share of all choices, entropy in nats, share of tokens uncovered.
+        """Per layer since the last call: experts' shares of all choices, entropy in nats, share of uncovered tokens.
 
         `reduce` adds up over processes.
         """

@@ -6,38 +6,32 @@ Until a run is done all of it is in the staging folder beside the target: `state
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint import Checkpoint, open_checkpoint
-from surgery.errors import InputError, MissingExtraError, OptionError
+from surgery.errors import InputError, MissingExtraError
 from surgery.hashing import HashBook
 from surgery.operation import check_paths
 from surgery.provenance import FILE_NAME, Input, describe_input, describe_tensor, document, hash_files
-from surgery.training import batches, plots, state
-from surgery.training.dropout import add_residual_dropout
-from surgery.training.examples import Examples, hold_out, image_examples, text_examples
-from surgery.training.images import Pictures
-from surgery.training.loop import Loop, Silent, TrainProgress, Work, schedule_of
+from surgery.training import plots, state
+from surgery.training.examples import Examples
+from surgery.training.loop import Loop
+from surgery.training.machine import accelerated, quiet_transformers
 from surgery.training.options import TrainOptions
-from surgery.training.prepared import Prepared, prepare
 from surgery.training.rates import warmup_steps
-from surgery.training.reading import Rows, read_rows, source_name
+from surgery.training.reading import source_name
 from surgery.training.report import DataReport, TrainReport, trained_card
-from surgery.training.tasks import Labels, Task, find_labels, find_task, load_model, longest
-from surgery.training.text import Encoder, load_tokenizer, transformers_package
-from surgery.writer import Staging
+from surgery.training.subject import Subject, make_subject
+from surgery.training.work import Silent, TrainProgress, Work, schedule_of
+from surgery.writer import Staging, staging_folder
 
 if TYPE_CHECKING:
     import torch
-
-TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab")
 
 
 @dataclass(frozen=True)
@@ -61,114 +55,21 @@ class TrainSettings:
     progress: TrainProgress = field(default_factory=Silent)
 
 
-def train(checkpoint: Checkpoint, output: str | os.PathLike[str], options: TrainOptions, settings: TrainSettings) -> TrainReport:
+def train(
+    checkpoint: Checkpoint, output: str | os.PathLike[str], options: TrainOptions, settings: TrainSettings
+) -> TrainReport:
     """Train `checkpoint` and write the result to `output`. Raises `KeyboardInterrupt` when interrupted, state saved."""
     target = Path(output)
     inputs = [Input("base", checkpoint)]
     if checkpoint.path is None or not checkpoint.path.is_dir():
         raise InputError(f"{checkpoint.label} is not a folder on disk; fetch it with `surgery pull` first.")
     check_paths(target, inputs, settings.overwrite)
-    with accelerated(options, settings) as accelerator, quiet_transformers():
-        subject = _subject(checkpoint, options, accelerator)
+    with accelerated(options, settings.device, settings.trackers) as accelerator, quiet_transformers():
+        subject = make_subject(checkpoint, options, accelerator)
         if settings.dry_run:
             return _report(subject, options, accelerator, target, dry_run=True)
         with _staged(target, accelerator) as staging:
             return _train(subject, staging, target, options, settings, accelerator, inputs)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """Data and model, ready for each other."""
-
-    checkpoint: Checkpoint
-    task: Task
-    prepared: Prepared
-    tokenizer: Any
-    examples: Examples
-    held_out: Examples | None
-    batch: Any
-    steps: int
-    parameters: int
-    grown: bool = False
-
-
-def _subject(checkpoint: Checkpoint, options: TrainOptions, accelerator: Any) -> Subject:
-    """Read data, load the model, and refuse whatever can be refused before the first step."""
-    assert checkpoint.path is not None
-    folder = checkpoint.path
-    config = _config(checkpoint)
-    with accelerator.main_process_first():  # which leaves tokens in the cache of `datasets` for the others
-        rows = read_rows(options.data)
-        task = find_task(config, rows.kind, checkpoint.label, options.data, options.task)
-        labels = find_labels(rows, config) if task.classifies else None
-        tokenizer = None
-        if rows.kind != "image" and not (rows.kind == "tokens" and not _has_tokenizer(folder, options)):
-            tokenizer = load_tokenizer(folder, options)
-        read = partial(_examples, task=task, tokenizer=tokenizer, labels=labels, config=config, options=options)
-        examples, held_out = read(rows), None
-        if options.eval_data is not None:
-            other = read_rows(options.eval_data)
-            find_task(config, other.kind, checkpoint.label, options.eval_data, task.name)
-            held_out = read(other)
-        elif options.eval_split:
-            examples, held_out = hold_out(examples, options.eval_split, options.seed)
-    model = load_model(folder, checkpoint.label, config, task, labels, options)
-    grown = tokenizer is not None and len(tokenizer) > model.get_input_embeddings().num_embeddings
-    if grown:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    prepared = prepare(model, options)
-    if options.residual_dropout:
-        add_residual_dropout(model, options.residual_dropout)
-    if options.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    schedule = schedule_of(examples, options, accelerator.num_processes)
-    steps = options.steps or math.ceil((options.epochs or 1.0) * schedule.steps_per_epoch)
-    parameters = sum(parameter.numel() for parameter in prepared.model.parameters())
-    batch = _batches(task, tokenizer, folder, config, labels, options)
-    return Subject(checkpoint, task, prepared, tokenizer, examples, held_out, batch, steps, parameters, grown)
-
-
-def _examples(rows: Rows, task: Task, tokenizer: Any, labels: Labels | None, config: Any, options: TrainOptions) -> Examples:
-    if rows.kind == "image":
-        assert labels is not None
-        return image_examples(rows, labels)
-    if options.packing:
-        _refuse_packing(config)
-    encoder = Encoder.of(tokenizer, rows.kind, task.name, options)
-    return text_examples(rows, encoder, longest(config, options), options, labels)
-
-
-def _refuse_packing(config: Any) -> None:
-    """Under expert choice the tokens of a row compete: packed examples would see each other."""
-    stacks = (getattr(config, "moe_stacks", None) or {}).values()
-    if any(stack.get("router") == "expert-choice" for stack in stacks):
-        raise OptionError("--packing puts examples into one row, and with expert choice the tokens of a row compete.")
-
-
-def _batches(task: Task, tokenizer: Any, folder: Path, config: Any, labels: Labels | None, options: TrainOptions) -> Any:
-    """What makes the tensors of some items."""
-    if task.name == "image-classification":
-        assert labels is not None
-        return Pictures.of(folder, config, labels).batch
-    padding = next((t for t in (getattr(tokenizer, "pad_token_id", None), config.pad_token_id) if t is not None), 0)
-    if labels is not None:
-        return partial(batches.label_batch, padding=padding, number=labels.continuous)
-    return partial(batches.text_batch, padding=padding, packed=options.packing)
-
-
-def _config(checkpoint: Checkpoint) -> Any:
-    transformers = transformers_package()
-    if checkpoint.model_type.startswith("upcycled_"):
-        import surgery.moe  # noqa: F401 - registers the classes
-    try:
-        return transformers.AutoConfig.from_pretrained(checkpoint.path)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(f"{checkpoint.label} cannot be trained: transformers has no model for it ({reason}).") from error
-
-
-def _has_tokenizer(folder: Path, options: TrainOptions) -> bool:
-    return options.tokenizer is not None or (folder / "tokenizer_config.json").is_file()
 
 
 # The run --------------------------------------------------------------------------------------------------------------
@@ -185,7 +86,7 @@ def _train(
 ) -> TrainReport:
     from accelerate.utils import broadcast_object_list
 
-    root = state.staging_folder(target) / "state"
+    root = staging_folder(target) / "state"
     resume = [False]
     if staging is not None:
         resume = [state.check_same(root, _identity(subject, options, accelerator), target)]
@@ -319,7 +220,9 @@ def _save_dtype(checkpoint: Checkpoint, options: TrainOptions) -> torch.dtype | 
     return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
 
 
-def _report(subject: Subject, options: TrainOptions, accelerator: Any, target: Path, dry_run: bool = False) -> TrainReport:
+def _report(
+    subject: Subject, options: TrainOptions, accelerator: Any, target: Path, dry_run: bool = False
+) -> TrainReport:
     schedule = schedule_of(subject.examples, options, accelerator.num_processes)
     held_out = subject.held_out
     return TrainReport(
@@ -362,80 +265,6 @@ def _notes(subject: Subject, options: TrainOptions) -> Iterator[str]:
         yield "Nothing was held out: only the loss on what was learnt is known."
 
 
-# Other people's machinery ---------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def accelerated(options: TrainOptions, settings: TrainSettings) -> Iterator[Any]:
-    """accelerate's accelerator for a run; what it keeps globally goes with it."""
-    import torch
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-    from accelerate.utils import set_seed
-
-    trackers = [check_tracker(name) for name in settings.trackers]
-    if settings.device not in ("auto", "cpu"):
-        if not torch.cuda.is_available():
-            raise OptionError(f"--device is {settings.device}, and there is no GPU that torch can use.")
-        torch.cuda.set_device(settings.device if ":" in settings.device else 0)
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if not launched:
-        AcceleratorState._reset_state(reset_partial_state=True)
-    on_gpu = settings.device != "cpu" and torch.cuda.is_available()
-    precision = options.precision
-    if precision == "auto":
-        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
-    if options.optimizer == "adamw-8bit" and not _importable("bitsandbytes"):
-        raise OptionError("--optimizer adamw-8bit needs the package 'bitsandbytes', which is not installed.")
-    accelerator = Accelerator(
-        cpu=settings.device == "cpu",
-        mixed_precision={"fp32": "no"}.get(precision, precision),
-        log_with=trackers or None,
-        project_dir=None if not trackers else os.getcwd(),
-    )
-    set_seed(options.seed, device_specific=accelerator.num_processes > 1)
-    try:
-        yield accelerator
-    finally:
-        if not launched:
-            accelerator.free_memory()
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
-            PartialState._reset_state()
-
-
-def check_tracker(name: str) -> str:
-    """A tracker's name, if accelerate knows it and its package is there: accelerate itself goes on without."""
-    from accelerate.tracking import get_available_trackers
-
-    if name not in TRACKERS:
-        raise OptionError(f"--track is {name!r}, expected {', '.join(TRACKERS)}.")
-    if name not in {str(getattr(found, "value", found)) for found in get_available_trackers()}:
-        raise OptionError(f"--track {name} needs the package of that name, which is not installed.")
-    return name
-
-
-def _importable(name: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(name) is not None
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from drawing bars and from advising for a while."""
-    logging = transformers_package().utils.logging
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
-
-
 @contextlib.contextmanager
 def _staged(target: Path, accelerator: Any) -> Iterator[Staging | None]:
     """The staging folder, held by the first process; it is kept whenever it holds a state to go on from."""
@@ -451,4 +280,3 @@ def _staged(target: Path, accelerator: Any) -> Iterator[Staging | None]:
         if not done and not (staging.root / "state" / "latest.json").is_file():
             staging.discard()
         staging.close()
-

@@ -72,7 +72,8 @@ def check_same(root: Path, run: Mapping[str, object], target: Path) -> bool:
     run = json.loads(json.dumps(run))  # as it will be read
     if (root / "latest.json").is_file() and place.is_file():
         earlier = _json(place)
-        differences = [f"{name} was {earlier.get(name)!r} and is {run.get(name)!r}" for name in sorted({*earlier, *run}) if earlier.get(name) != run.get(name)]  # fmt: skip
+        names = sorted(name for name in {*earlier, *run} if earlier.get(name) != run.get(name))
+        differences = [f"{name} was {earlier.get(name)!r} and is {run.get(name)!r}" for name in names]
         if differences:
             raise OptionError(
                 f"An interrupted run lies in {staging_folder(target)}, begun with other arguments: "
@@ -85,7 +86,9 @@ def check_same(root: Path, run: Mapping[str, object], target: Path) -> bool:
     return False
 
 
-def save(root: Path, position: Position, main: Tensors | None, own: Tensors, process: int, wait: Callable[[], None]) -> None:
+def save(
+    root: Path, position: Position, main: Tensors | None, own: Tensors, process: int, wait: Callable[[], None]
+) -> None:
     """Write the state. Called by all processes; `main` is given by the first one, and `wait` waits for all of them."""
     name = f"{position.step}-{position.passes}"
     place = root / name
@@ -113,7 +116,9 @@ def load(root: Path, process: int) -> tuple[Position, Tensors, Tensors]:
         position = Position(**found)
         return position, load_file(place / "main.safetensors"), load_file(place / f"process-{process}.safetensors")
     except (OSError, KeyError, TypeError) as error:
-        raise FormatError(f"The state in {root} cannot be read ({error}); delete {root.parent} to begin anew.") from error
+        raise FormatError(
+            f"The state in {root} cannot be read ({error}); delete {root.parent} to begin anew."
+        ) from error
 
 
 def save_best(root: Path, weights: Tensors) -> None:
@@ -129,7 +134,7 @@ def load_best(root: Path) -> Tensors:
     return load_file(root / "best.safetensors")
 
 
-# Tensors of a model, an optimiser, and the random numbers --------------------------------------------------------------
+# Tensors of a model, an optimiser, and the random numbers -------------------------------------------------------------
 
 
 def weights_of(model: Any) -> Tensors:

@@ -1,6 +1,6 @@
 """What a model is trained to do: told from checkpoint and data, with the class that loads it and the loss.
 
-    B: rows of a batch     n: tokens of a row     V: vocabulary     K: classes
+B: rows of a batch     n: tokens of a row     V: vocabulary     K: classes
 """
 
 from __future__ import annotations
@@ -216,9 +216,11 @@ def _has_head(config: Any) -> bool:
     return any("Classification" in name for name in getattr(config, "architectures", None) or [])
 
 
-def model_inputs(model: Any, task: Task, batch: Batch) -> dict[str, torch.Tensor]:
+def model_inputs(model: Any, task: Task, batch: Batch) -> dict[str, Any]:
     """What a model is called with: the batch without its labels, and for an encoder-decoder what its decoder reads."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    if not task.classifies:
+        inputs["use_cache"] = False
     if task.name == "seq2seq":
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
     return inputs
@@ -239,5 +241,3 @@ def longest(config: Any, options: TrainOptions) -> int:
 
 def _or(names: Sequence[str]) -> str:
     return ", ".join(names[:-1]) + f" or {names[-1]}" if len(names) > 1 else names[0]
-
-

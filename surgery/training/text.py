@@ -37,7 +37,9 @@ def load_tokenizer(folder: Path, options: TrainOptions) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
     except Exception as error:  # transformers raises whatever it stumbles over
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(f"{place} has no tokenizer that can be loaded ({reason}); name one with --tokenizer.") from error
+        raise InputError(
+            f"{place} has no tokenizer that can be loaded ({reason}); name one with --tokenizer."
+        ) from error
     if options.chat_template is not None:
         try:
             tokenizer.chat_template = Path(options.chat_template).read_text(encoding="utf-8")
@@ -75,7 +77,9 @@ class Encoder:
         end = tokenizer.eos_token_id
         if options.end_token is not None:
             if kind == "chat":
-                raise OptionError("--end-token is for text and completions; the turns of a chat end as its template says.")
+                raise OptionError(
+                    "--end-token is for text and completions; the turns of a chat end as its template says."
+                )
             end = tokenizer.convert_tokens_to_ids(options.end_token)
         encoder = cls(tokenizer, kind, task == "seq2seq", options.loss == "all", end)
         if kind == "chat":
