@@ -54,7 +54,7 @@ class Pictures:
         return {"pixel_values": pixels, "labels": torch.tensor([int(self.label(row["label"])) for row in rows])}
 
     def pixels(self, image: Any) -> np.ndarray:
-        """One picture, float32 [C, H, W]. `image` is Pillow's, or [H, W], [H, W, C] or [C, H, W], bytes or 0.0 to 1.0."""
+        """One picture, float32 [C, H, W], of Pillow's or of [H, W], [H, W, C] or [C, H, W], bytes or 0.0 to 1.0."""
         if hasattr(image, "convert"):
             image = image.convert("L" if self.channels == 1 else "RGB")
             if image.size != (self.width, self.height):

@@ -25,6 +25,7 @@ from surgery.errors import NonFiniteError
 from surgery.training import state
 from surgery.training.batches import Batch, share
 from surgery.training.evaluation import evaluate, predictions_of, silenced
+from surgery.training.examples import Examples
 from surgery.training.rates import make_optimizer, optimizer_groups, rate
 from surgery.training.routers import Routers
 from surgery.training.tasks import model_inputs
