@@ -34,7 +34,7 @@ def evaluate(model: Any, work: Work, examples: Examples, accelerator: Any) -> Li
             sums += torch.tensor([float(work.task.loss(logits, labels)), right, predictions_of(labels, work.task)])
     model.train()
     loss, right, predictions = accelerator.reduce(sums.to(accelerator.device), reduction="sum").tolist()
-    found: Line = {"eval_loss": loss / predictions, "evalpredictions_of": int(predictions)}
+    found: Line = {"eval_loss": loss / predictions, "eval_predictions": int(predictions)}
     if work.task.classifies and not labels.dtype.is_floating_point:
         found["eval_accuracy"] = right / predictions
     elif not work.task.classifies:

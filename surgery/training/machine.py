@@ -47,7 +47,6 @@ def accelerated(options: TrainOptions, device: str, trackers: Sequence[str]) -> 
         yield accelerator
     finally:
         if not launched:
-            accelerator.free_memory()
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
             PartialState._reset_state()

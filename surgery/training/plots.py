@@ -24,7 +24,7 @@ def draw_loss(lines: Sequence[dict[str, Any]], path: Path) -> None:
 
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "eval_loss" in line]
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5))
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     above.plot([line["step"] for line in steps], [line["loss"] for line in steps], lw=0.8, label="training")
     if evaluations:

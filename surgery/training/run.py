@@ -261,8 +261,6 @@ def _notes(subject: Subject, options: TrainOptions) -> Iterator[str]:
         yield f"{examples.longer} examples were too long and have been {what}."
     if examples.skipped and options.over_length != "skip":
         yield f"{examples.skipped} examples have nothing to learn and take no part."
-    if subject.held_out is None:
-        yield "Nothing was held out: only the loss on what was learnt is known."
 
 
 @contextlib.contextmanager

@@ -36,13 +36,20 @@ def tokenizer() -> Any:
 def model(kind: str = "llama", **settings: Any) -> Any:
     """A fresh model of two layers."""
     torch.manual_seed(0)
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128}
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 320}
     text = {**size, "vocab_size": WORDS, "intermediate_size": 64, "eos_token_id": 0, "bos_token_id": None}
     if kind == "llama":
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**text, **settings))
     if kind == "gpt2":
         config = transformers.GPT2Config(
-            vocab_size=WORDS, n_embd=32, n_layer=2, n_head=2, n_positions=128, eos_token_id=0, bos_token_id=0, **settings
+            vocab_size=WORDS,
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            n_positions=320,
+            eos_token_id=0,
+            bos_token_id=0,
+            **settings,
         )
         return transformers.GPT2LMHeadModel(config)
     if kind == "mixtral":

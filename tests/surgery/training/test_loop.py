@@ -200,7 +200,7 @@ def test_packed_examples_do_not_see_each_other(kind: str, data: Path, tmp_path: 
     packed = making.run(base, data, tmp_path / "packed", packing=True, batch_size=48, **how)
     apart = making.run(base, data, tmp_path / "apart", batch_size=48, **how)
     assert packed.data.examples == apart.data.examples == 48
-    assert packed.data.rows < 35
+    assert packed.data.rows <= 40 < apart.data.rows
     assert packed.data.predictions == apart.data.predictions
     assert making.losses(tmp_path / "packed") == pytest.approx(making.losses(tmp_path / "apart"), abs=2e-6)
     norms = [making.log(tmp_path / name)[0]["gradient_norm"] for name in ("packed", "apart")]
