@@ -41,9 +41,8 @@ if TYPE_CHECKING:
     from surgery.ops.lint import LintReport
     from surgery.ops.verify import CompareReport, VerifyReport
     from surgery.reports import CombineReport, ConvertReport, ExtractReport, MergeReport, RestoreReport
-    from surgery.upcycling.report import DenseReport, UpcycleReport
     from surgery.training.report import TrainReport
-    from surgery.upcycling.report import UpcycleReport
+    from surgery.upcycling.report import DenseReport, UpcycleReport
 
     CheckpointLike = str | os.PathLike[str] | Checkpoint
     AdapterLike = str | os.PathLike[str] | tuple[str | os.PathLike[str], float] | Adapter

@@ -8,6 +8,7 @@ native ones of transformers (Mixtral and its like, Switch) it is made from the r
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 def has_routers(model: Any) -> bool:
     """Whether a model is a mixture of experts, of either kind."""
-    return is_shipped(model) or hasattr(model.config, "output_router_logits")
+    if is_shipped(model) or hasattr(model.config, "output_router_logits"):
+        return True
+    return "output_router_logits" in inspect.signature(type(model).forward).parameters  # Switch
 
 
 def is_shipped(model: Any) -> bool:

@@ -83,7 +83,8 @@ def _examples(
         return image_examples(rows, labels)
     if options.packing:
         _refuse_packing(config)
-    encoder = Encoder.of(tokenizer, rows.kind, task.name, options)
+    words = getattr(config.get_text_config(), "vocab_size", None)
+    encoder = Encoder.of(tokenizer, rows.kind, task.name, options, words)
     return text_examples(rows, encoder, longest(config, options), options, labels)
 
 

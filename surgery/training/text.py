@@ -63,6 +63,7 @@ class Encoder:
         seq2seq: whether prompts and completions are two sequences.
         everything: whether the loss is on prompts too.
         end: id of the token that ends a text; None for none.
+        words: of the vocabulary, where tokens come as they are.
     """
 
     tokenizer: Any = field(repr=False)
@@ -70,10 +71,13 @@ class Encoder:
     seq2seq: bool
     everything: bool
     end: int | None
+    words: int | None = None
 
     @classmethod
-    def of(cls, tokenizer: Any, kind: str, task: str, options: TrainOptions) -> Encoder:
+    def of(cls, tokenizer: Any, kind: str, task: str, options: TrainOptions, words: int | None = None) -> Encoder:
         """The encoder for rows of a kind and a task, checked."""
+        if kind == "tokens":
+            return cls(tokenizer, kind, task == "seq2seq", options.loss == "all", None, words)
         end = tokenizer.eos_token_id
         if options.end_token is not None:
             if kind == "chat":
@@ -109,10 +113,11 @@ class Encoder:
 
     def fingerprint(self) -> str:
         """What tells this encoder from every other that gives other tokens."""
-        tokenizer = self.tokenizer
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        vocabulary = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-        parts = (vocabulary, tokenizer.chat_template, self.kind, self.seq2seq, self.everything, self.end)
+        vocabulary = template = None
+        if self.kind != "tokens":
+            backend, template = getattr(self.tokenizer, "backend_tokenizer", None), self.tokenizer.chat_template
+            vocabulary = backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
+        parts = (vocabulary, template, self.kind, self.seq2seq, self.everything, self.end, self.words)
         hasher = new_hash()
         hasher.update(repr(parts).encode(errors="surrogatepass"))
         return hasher.hexdigest()
@@ -167,9 +172,8 @@ class Encoder:
         ids, labels = row.get("input_ids"), row.get("labels")
         if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
             raise ValueError("'input_ids' is no list of integers")
-        size = len(self.tokenizer) if self.tokenizer is not None else None
-        if size is not None and any(not 0 <= token < size for token in ids):
-            raise ValueError(f"'input_ids' has a token outside of the vocabulary of {size}")
+        if any(not 0 <= token < (self.words or token + 1) for token in ids):
+            raise ValueError(f"'input_ids' has a token outside of the vocabulary of {self.words}")
         if labels is None:
             if self.seq2seq:
                 raise ValueError("it has no 'labels'")

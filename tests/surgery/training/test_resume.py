@@ -70,16 +70,20 @@ def stop_after(passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loops.Loop, "_pass", counted)
 
 
+def interrupted(passes: int, base: Path, data: Path, output: Path, how: dict[str, Any]) -> None:
+    """A run that is stopped in the pass of that number."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(passes, patch)
+        with pytest.raises(KeyboardInterrupt):
+            making.run(base, data, output, **how)
+    assert not output.exists()
+
+
 @pytest.mark.parametrize("passes", [1, 3, 11, 13, 18])
-def test_a_run_goes_on_bit_for_bit(
-    passes: int, base: Path, data: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_goes_on_bit_for_bit(passes: int, base: Path, data: Path, undisturbed: Path, tmp_path: Path) -> None:
     """From within a step and from its end, within an epoch and at its end, with dropout: the same log and weights."""
     output = tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_after(passes, patch)
-        making.run(base, data, output, **HOW)
-    assert not output.exists()
+    interrupted(passes, base, data, output, HOW)
     position = json.loads((tmp_path / ".out.partial" / "state" / "latest.json").read_bytes())
     torch.randn(17)  # what happens between the two has no influence
     report = making.run(base, data, output, **HOW)
@@ -89,26 +93,20 @@ def test_a_run_goes_on_bit_for_bit(
     assert not (tmp_path / ".out.partial").exists()
 
 
-def test_a_run_that_is_stopped_again_and_again(
-    base: Path, data: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_is_stopped_again_and_again(base: Path, data: Path, undisturbed: Path, tmp_path: Path) -> None:
     """After every second pass."""
     for _ in range(4):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            stop_after(4, patch)
-            making.run(base, data, tmp_path / "out", **HOW)
+        interrupted(4, base, data, tmp_path / "out", HOW)
     making.run(base, data, tmp_path / "out", **HOW)
     assert figures(tmp_path / "out") == figures(undisturbed)
 
 
-def test_a_mixture_goes_on_bit_for_bit(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mixture_goes_on_bit_for_bit(data: Path, tmp_path: Path) -> None:
     """What its routers did in the passes before the interrupt is in the log, too."""
     base = making.checkpoint(tmp_path / "model", "mixtral", attention_dropout=0.1)
     how = {**HOW, "steps": 4, "eval_split": 0, "router_z_loss": 0.01}
     making.run(base, data, tmp_path / "whole", **how)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_after(5, patch)
-        making.run(base, data, tmp_path / "out", **how)
+    interrupted(5, base, data, tmp_path / "out", how)
     making.run(base, data, tmp_path / "out", **how)
     assert figures(tmp_path / "out") == figures(tmp_path / "whole")
 
@@ -134,12 +132,10 @@ def test_a_killed_process_goes_on(base: Path, data: Path, tmp_path: Path) -> Non
     assert tree(tmp_path / "out")["model.safetensors"] == tree(tmp_path / "whole")["model.safetensors"]
 
 
-def test_other_arguments_are_refused(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_arguments_are_refused(base: Path, data: Path, tmp_path: Path) -> None:
     """The differences are named, and deleting the folder begins anew."""
     output = tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_after(2, patch)
-        making.run(base, data, output, **HOW)
+    interrupted(2, base, data, output, HOW)
     before = tree(tmp_path / ".out.partial")
     with pytest.raises(OptionError) as caught:
         making.run(base, data, output, **{**HOW, "steps": 9, "seed": 6})
@@ -150,7 +146,7 @@ def test_other_arguments_are_refused(base: Path, data: Path, tmp_path: Path, mon
     data = shutil.copy(data, tmp_path / "other.jsonl")
     with open(data, "a") as file:
         file.write('{"text": "one line more"}\n')
-    with pytest.raises(OptionError, match="the data was '[0-9a-f]{64}' and is"):
+    with pytest.raises(OptionError, match=r"the data was '[0-9a-f]{64}' and is"):
         making.run(base, Path(data), output, **HOW)
     assert tree(tmp_path / ".out.partial") == before
     shutil.rmtree(tmp_path / ".out.partial")
@@ -170,9 +166,10 @@ def test_a_state_that_cannot_be_written_leaves_the_one_before(
             raise OSError(errno.ENOSPC, "No space left on device")
         real(path, tensors)
 
-    with monkeypatch.context() as patch, pytest.raises(OutputError) as caught:
+    with monkeypatch.context() as patch:
         patch.setattr(state, "_write", fails)
-        making.run(base, data, tmp_path / "out", **{**HOW, "keep": "last"})
+        with pytest.raises(OutputError) as caught:
+            making.run(base, data, tmp_path / "out", **{**HOW, "keep": "last"})
     assert str(caught.value) == (
         f"The state of the run cannot be written to {tmp_path / '.out.partial' / 'state'}: the disk is full; "
         "the last good one is kept; free some space and run the same command again to go on."
