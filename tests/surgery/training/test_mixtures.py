@@ -123,7 +123,7 @@ def test_switch_drops_what_is_beyond_capacity() -> None:
     mask = torch.ones_like(ids)
     outputs = model(ids, attention_mask=mask, decoder_input_ids=ids[:, :8], **routers.call)
     routings = routers.routings(outputs, mask)
-    assert len(routings) == 4
+    assert set(routings) == {"encoder.0", "decoder.0"}
     routers.observe(routings)
     figures = routers.figures()
     assert all(share > 0 for share in [figures["uncovered"][name] for name in routings if name.startswith("encoder")])

@@ -80,23 +80,27 @@ def test_sequence_to_sequence(tmp_path: Path) -> None:
 
 
 def test_pictures(tmp_path: Path) -> None:
-    """scikit-learn's digits: a small ViT learns them from an archive of arrays."""
+    """scikit-learn's digits, from archives of arrays: the loss of the first step, and what the written model says."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = (digits.images * (255 / 16)).astype(np.uint8)
-    np.savez(tmp_path / "digits.npz", images=images[:600], labels=digits.target[:600])
-    base = making.checkpoint(tmp_path / "vit", "vit")
-    how = {"steps": 90, "batch_size": 16, "learning_rate": 5e-3, "warmup": 5, "eval_split": 100, "eval_every": 90}
-    report = making.run(base, tmp_path / "digits.npz", tmp_path / "out", **how)
+    images = (digits.images * (255 / 16)).astype(np.uint8)  # [N, 8, 8]
+    pixels = torch.tensor(images, dtype=torch.float32)[:, None] / 255 * 2 - 1
+    np.savez(tmp_path / "train.npz", images=images[:32], labels=digits.target[:32])
+    np.savez(tmp_path / "held.npz", images=images[32:96], labels=digits.target[32:96])
+    base = making.checkpoint(tmp_path / "vit", "vit", hidden_dropout_prob=0.0)
+    how = {"steps": 20, "batch_size": 32, "learning_rate": 5e-3, "keep": "last"}
+    report = making.run(base, tmp_path / "train.npz", tmp_path / "out", eval_data=str(tmp_path / "held.npz"), **how)
     assert report.task == "image-classification"
-    (last,) = [line for line in making.log(tmp_path / "out") if "eval_loss" in line]
-    assert last["eval_accuracy"] > 0.6
-    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
-    pixels = torch.tensor(images[600:800], dtype=torch.float32)[:, None] / 255 * 2 - 1
+    before, after = (transformers.AutoModelForImageClassification.from_pretrained(tmp_path / n) for n in ("vit", "out"))
     with torch.no_grad():
-        right = (model(pixel_values=pixels).logits.argmax(-1).numpy() == digits.target[600:800]).mean()
-    assert right > 0.6
+        expected = before(pixel_values=pixels[:32], labels=torch.tensor(digits.target[:32])).loss.item()
+        right = (after(pixel_values=pixels[32:96]).logits.argmax(-1).numpy() == digits.target[32:96]).mean()
+    losses = making.losses(tmp_path / "out")
+    assert losses[0] == pytest.approx(expected, abs=2e-6)
+    assert losses[-1] < losses[0] - 0.3
+    (*_, last) = [line for line in making.log(tmp_path / "out") if "eval_loss" in line]
+    assert last["eval_accuracy"] == right
 
 
 def test_a_head_for_other_labels(tmp_path: Path) -> None:
