@@ -24,8 +24,8 @@ from surgery.keywords import (
     RunKeywords,
     SubtractKeywords,
     SwitchKeywords,
-    UpcycleKeywords,
     TrainKeywords,
+    UpcycleKeywords,
     VerifyKeywords,
     WritingKeywords,
 )

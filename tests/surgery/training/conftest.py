@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from surgery.training import plots
+
+# The examples are scripts that import one another by bare names.
+sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import tiny_models
 import torch
 import transformers
 
-from examples import tiny_models
 from surgery.checkpoint import open_checkpoint
 from surgery.training.options import TrainOptions
 from surgery.training.report import TrainReport
@@ -33,43 +33,26 @@ def tokenizer() -> Any:
     return tiny_models.make_tokenizer(paragraphs(), WORDS)
 
 
+_SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+_TEXT = {**_SIZE, "vocab_size": WORDS, "max_position_embeddings": 320}
+_CAUSAL = {**_TEXT, "eos_token_id": 0, "bos_token_id": None}
+# Name: (class, config class, settings).
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", _CAUSAL),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"vocab_size": WORDS, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 320, "eos_token_id": 0, "bos_token_id": 0}),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_CAUSAL, "num_key_value_heads": 2, "num_local_experts": 4}),
+    "bert": ("BertForMaskedLM", "BertConfig", _TEXT),
+    "vit": ("ViTForImageClassification", "ViTConfig", {**_SIZE, "image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10}),
+    "t5": ("T5ForConditionalGeneration", "T5Config", {"vocab_size": WORDS, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}),
+    "switch": ("SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig", {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_sparse_encoder_layers": 1, "num_decoder_layers": 2, "num_sparse_decoder_layers": 1, "num_heads": 2, "num_experts": 4, "expert_capacity": 3, "decoder_start_token_id": 0}),
+}  # fmt: skip
+
+
 def model(kind: str = "llama", **settings: Any) -> Any:
     """A fresh model of two layers."""
     torch.manual_seed(0)
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 320}
-    text = {**size, "vocab_size": WORDS, "intermediate_size": 64, "eos_token_id": 0, "bos_token_id": None}
-    if kind == "llama":
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**text, **settings))
-    if kind == "gpt2":
-        config = transformers.GPT2Config(
-            vocab_size=WORDS,
-            n_embd=32,
-            n_layer=2,
-            n_head=2,
-            n_positions=320,
-            eos_token_id=0,
-            bos_token_id=0,
-            **settings,
-        )
-        return transformers.GPT2LMHeadModel(config)
-    if kind == "mixtral":
-        config = transformers.MixtralConfig(**text, num_key_value_heads=2, num_local_experts=4, **settings)
-        return transformers.MixtralForCausalLM(config)
-    if kind == "bert":
-        plain = {name: value for name, value in text.items() if name not in ("eos_token_id", "bos_token_id")}
-        return transformers.BertForMaskedLM(transformers.BertConfig(**plain, **settings))
-    if kind == "vit":
-        only = {name: value for name, value in size.items() if name != "max_position_embeddings"}
-        config = transformers.ViTConfig(
-            **only, intermediate_size=64, image_size=8, patch_size=2, num_channels=1, num_labels=10, **settings
-        )
-        return transformers.ViTForImageClassification(config)
-    assert kind == "t5"
-    config = transformers.T5Config(
-        vocab_size=WORDS, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0,
-        eos_token_id=0, pad_token_id=0, **settings,
-    )  # fmt: skip
-    return transformers.T5ForConditionalGeneration(config)
+    class_name, config_name, own = MODELS[kind]
+    return getattr(transformers, class_name)(getattr(transformers, config_name)(**own, **settings))
 
 
 def checkpoint(folder: Path, kind: str = "llama", made: Any = None, **settings: Any) -> Path:

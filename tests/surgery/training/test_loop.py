@@ -102,7 +102,8 @@ class Ordered(transformers.Trainer):
     """Trainer that takes the rows in the order they are in."""
 
     def _get_train_sampler(self, *_: Any) -> Any:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+        rows: Any = self.train_dataset
+        return torch.utils.data.SequentialSampler(rows)
 
 
 def by_trainer(model: Any, how: dict[str, Any], folder: Path) -> list[float]:

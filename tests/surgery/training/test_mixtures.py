@@ -111,12 +111,7 @@ def test_experts_that_choose_cannot_have_packed_rows(upcycled: dict[str, Path], 
 
 def test_switch_drops_what_is_beyond_capacity() -> None:
     """Load and uncovered tokens are counted after that."""
-    config = transformers.SwitchTransformersConfig(
-        vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_sparse_encoder_layers=1, num_decoder_layers=2,
-        num_sparse_decoder_layers=1, num_heads=2, num_experts=4, expert_capacity=3, decoder_start_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.SwitchTransformersForConditionalGeneration(config).eval()
+    model = making.model("switch").eval()
     routers = Routers.of(model, None, None)
     assert routers is not None
     ids = torch.randint(1, 64, (2, 20))

@@ -59,7 +59,8 @@ def figures(output: Path) -> list[dict[str, Any]]:
 
 def stop_after(passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Press Ctrl-C during the pass of that number, the first being 1."""
-    real, seen = loops.Loop._pass, []
+    real = loops.Loop._pass
+    seen: list[None] = []
 
     def counted(self: Any, *arguments: Any) -> None:
         real(self, *arguments)
@@ -116,7 +117,7 @@ def test_a_killed_process_goes_on(base: Path, data: Path, tmp_path: Path) -> Non
     """From the last state that was saved, to the same end."""
     how = {"steps": 60, "batch_size": 4, "learning_rate": 1e-3, "save_every": 3}
     options = [word for name, value in how.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    command = ["train", base, "--data", data, *options, "--device", "cpu", "-o", tmp_path / "out"]
+    command: list[str | Path] = ["train", base, "--data", data, *options, "--device", "cpu", "-o", tmp_path / "out"]
     killed = start_cli(*command, "--quiet")
     marker = tmp_path / ".out.partial" / "state" / "latest.json"
     deadline = time.monotonic() + 200
@@ -143,14 +144,14 @@ def test_other_arguments_are_refused(base: Path, data: Path, tmp_path: Path) -> 
         f"An interrupted run lies in {tmp_path / '.out.partial'}, begun with other arguments: --seed was 5 and is 6; "
         "--steps was 7 and is 9; give the same ones to go on, or delete the folder to begin anew."
     )
-    data = shutil.copy(data, tmp_path / "other.jsonl")
+    data = Path(shutil.copy(data, tmp_path / "other.jsonl"))
     with open(data, "a") as file:
         file.write('{"text": "one line more"}\n')
     with pytest.raises(OptionError, match=r"the data was '[0-9a-f]{64}' and is"):
-        making.run(base, Path(data), output, **HOW)
+        making.run(base, data, output, **HOW)
     assert tree(tmp_path / ".out.partial") == before
     shutil.rmtree(tmp_path / ".out.partial")
-    assert making.run(base, Path(data), output, **{**HOW, "steps": 1}).resumed == 0
+    assert making.run(base, data, output, **{**HOW, "steps": 1}).resumed == 0
 
 
 def test_a_state_that_cannot_be_written_leaves_the_one_before(
