@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
@@ -114,7 +115,10 @@ def train(checkpoint: str, as_json: bool, quiet: bool, settings: tuple[str, ...]
     from surgery.cli import render
     from surgery.training.recipe import parse_setting
 
+    # Of several processes one speaks.
+    first = os.environ.get("RANK", "0") == "0"
     given = {name: value for name, value in options.items() if value is not None}
     given |= dict(parse_setting(text) for text in settings)
-    report = surgery.train(checkpoint, progress=make_train_progress(quiet), **given)
-    render.present(report, as_json, quiet)
+    report = surgery.train(checkpoint, progress=make_train_progress(quiet or not first), **given)
+    if first:
+        render.present(report, as_json, quiet)

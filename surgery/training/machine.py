@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from surgery.errors import OptionError
+from surgery.errors import OptionError, UnsupportedError
 from surgery.training.options import TrainOptions
 from surgery.training.text import transformers_package
 
@@ -20,7 +20,7 @@ def accelerated(options: TrainOptions, device: str, trackers: Sequence[str]) -> 
     import torch
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
-    from accelerate.utils import set_seed
+    from accelerate.utils import DistributedType
 
     named = [check_tracker(name) for name in trackers]
     if device not in ("auto", "cpu"):
@@ -42,7 +42,11 @@ def accelerated(options: TrainOptions, device: str, trackers: Sequence[str]) -> 
         log_with=named or None,
         project_dir=None if not named else os.getcwd(),
     )
-    set_seed(options.seed, device_specific=accelerator.num_processes > 1)
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise UnsupportedError(
+            f"Training over {str(accelerator.distributed_type).rpartition('.')[2]} is not there yet; launch it as "
+            "data-parallel processes, as examples/accelerate/ddp.yaml has it."
+        )
     try:
         yield accelerator
     finally:

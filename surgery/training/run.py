@@ -84,7 +84,7 @@ def _train(
     accelerator: Any,
     inputs: list[Input],
 ) -> TrainReport:
-    from accelerate.utils import broadcast_object_list
+    from accelerate.utils import broadcast_object_list, set_seed
 
     root = staging_folder(target) / "state"
     resume = [False]
@@ -98,6 +98,8 @@ def _train(
         subject.task, subject.prepared, subject.examples, subject.held_out, subject.batch, subject.steps, root, options,
         settings.progress,
     )  # fmt: skip
+    # Loading has drawn, and each process is to drop other activations.
+    set_seed(options.seed, device_specific=accelerator.num_processes > 1)
     loop = Loop(work, accelerator)
     position = loop.run(bool(resume_all))
     accelerator.end_training()
