@@ -83,7 +83,7 @@ class Loop:
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 self._pass(batch, predictions)
             position.passes = number + 1
-            if self.stopping and not last:
+            if not last and self._must_stop(within=True):
                 self._interrupt(begun)
         loss = self._sum(self.loss)
         norm = float(self.accelerator.clip_grad_norm_(self.trained, options.max_grad_norm or math.inf))
@@ -167,7 +167,7 @@ class Loop:
         every = options.eval_every or max(1, work.steps // 10)
         if work.held_out is not None and (done or position.step % every == 0):
             self._evaluate(work.held_out)
-        if self.stopping and not done:
+        if not done and self._must_stop(within=False):
             self._interrupt(None)
         if not done and position.step % (options.save_every or max(1, work.steps // 10)) == 0:
             self.save()
@@ -265,6 +265,12 @@ class Loop:
             self.routers.sums |= {name: sums.to(device) for name, sums in _below(own, "router/").items()}
         state.put_random(_below(own, "random/"))  # last: nothing before the next pass may draw
         return self.position
+
+    def _must_stop(self, within: bool) -> bool:
+        """Whether to end here. Several processes, each told at its own time, agree at the end of a step."""
+        if self.accelerator.num_processes == 1:
+            return self.stopping
+        return not within and self._sum(self._zero() + int(self.stopping)) > 0
 
     def _interrupt(self, begun: float | None) -> None:
         self.position.seconds += time.monotonic() - begun if begun is not None else 0.0

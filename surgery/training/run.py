@@ -102,11 +102,11 @@ def _train(
     set_seed(options.seed, device_specific=accelerator.num_processes > 1)
     loop = Loop(work, accelerator)
     position = loop.run(bool(resume_all))
-    accelerator.end_training()
     written = position.step
     if options.keep == "best" and position.best_loss is not None:
         written = position.best_step
-        state.put_weights(subject.prepared.model, state.load_best(root))
+        if staging is not None:  # the first process writes
+            state.put_weights(subject.prepared.model, state.load_best(root))
     report = replace(
         _report(subject, options, accelerator, target),
         done=position.step,
@@ -123,6 +123,7 @@ def _train(
     if staging is not None:
         _finish(subject, staging, root, options, settings, inputs, report)
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     return report
 
 
