@@ -36,6 +36,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "surgery.cli.training_estimate:estimate",
         "Say what a training run would take: parameters, bytes, memory.",
     ),
+    "train": (
+        "surgery.cli.training:train",
+        "Train a checkpoint on texts, prompts, chats, labels or pictures.",
+    ),
     "verify": ("surgery.cli.look:verify", "Check an output against its provenance, or compare two checkpoints."),
     "push": ("surgery.cli.hub:push", "Check a model or an adapter and commit it to a registry."),
     "pull": ("surgery.cli.hub:pull", "Fetch a model or an adapter from a registry into a folder."),

@@ -76,7 +76,7 @@ class Rank(click.ParamType[int | str]):
 
 def restoring(command: Command) -> Command:
     """The options of a command whose output is proved by hashes."""
-    return _apply(reporting(_resumable(command)), _writing_options())
+    return _apply(reporting(resumable(command)), _writing_options())
 
 
 def writing(command: Command) -> Command:
@@ -98,7 +98,7 @@ def _hashing(command: Command, options: list[Decorator]) -> Command:
         default=True,
         help="Skip hashes: faster, but verify cannot check the output.",
     )
-    return _apply(reporting(_resumable(command)), [*options[:-1], hashing, options[-1]])
+    return _apply(reporting(resumable(command)), [*options[:-1], hashing, options[-1]])
 
 
 def _writing_options() -> list[Decorator]:
@@ -110,7 +110,7 @@ def _writing_options() -> list[Decorator]:
     ]
 
 
-def _resumable(command: Command) -> Command:
+def resumable(command: Command) -> Command:
     """A command that says, when it is interrupted, whether there is something to go on from."""
 
     @functools.wraps(command)

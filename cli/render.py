@@ -14,6 +14,7 @@ from surgery.cli.render_estimate import estimated
 from surgery.cli.render_exchange import converted, linted
 from surgery.cli.render_look import adapter, checkpoint, compared, verified
 from surgery.cli.render_mixtures import upcycled
+from surgery.cli.render_training import trained
 from surgery.cli.tables import Reported, show
 
 # By the name of the report's class, so that nothing is imported to look it up.
@@ -29,6 +30,7 @@ DRAWINGS: dict[str, Callable[[Console, Any, bool], None]] = {
     "LintReport": linted,
     "MergeReport": merged,
     "RestoreReport": restored,
+    "TrainReport": trained,
     "UpcycleReport": upcycled,
     "VerifyReport": verified,
 }

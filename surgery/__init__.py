@@ -23,6 +23,7 @@ from surgery.api import (
     restore,
     subtract,
     switch,
+    train,
     upcycle,
     verify,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "restore",
     "subtract",
     "switch",
+    "train",
     "upcycle",
     "verify",
 ]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     from surgery.execute import Progress
+    from surgery.training.work import TrainProgress
 
 
 class WritingKeywords(TypedDict, total=False):
@@ -175,6 +177,69 @@ class EstimateKeywords(MethodKeywords, total=False):
     master_bytes: float
     gradient_bytes: float | None
     optimizer_bytes: float
+
+
+class TrainKeywords(TypedDict, total=False):
+    """What and how to train, see `surgery.training.options.TrainOptions`, and how to run.
+
+    Attributes:
+        recipe: a named set of options, which those given here come before.
+        overwrite: replace an existing output.
+        dry_run: look at data and model, train nothing.
+        hash: hash every tensor for `surgery.json`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        trackers: besides the log, those of accelerate by name.
+        progress: told about each step.
+    """
+
+    eval_data: str | None
+    eval_split: float
+    task: str | None
+    loss: str
+    tokenizer: str | None
+    chat_template: str | None
+    end_token: str | None
+    max_length: int | None
+    over_length: str
+    packing: bool
+    new_head: bool
+    method: str
+    targets: str
+    rank: int
+    alpha: float | None
+    steps: int | None
+    epochs: float | None
+    batch_size: int
+    gradient_accumulation: int
+    learning_rate: float | None
+    schedule: str
+    warmup: float
+    final_rate: float
+    optimizer: str
+    beta1: float
+    beta2: float
+    epsilon: float
+    weight_decay: float
+    max_grad_norm: float
+    precision: str
+    activation_checkpointing: bool
+    residual_dropout: float
+    router_aux_loss: float | None
+    router_z_loss: float | None
+    eval_every: int | None
+    save_every: int | None
+    log_every: int
+    keep: str
+    patience: int | None
+    save_dtype: str
+    seed: int
+    recipe: str | None
+    overwrite: bool
+    dry_run: bool
+    hash: bool
+    device: str
+    trackers: Sequence[str]
+    progress: TrainProgress | None
 
 
 class VerifyKeywords(TypedDict, total=False):

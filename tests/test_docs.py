@@ -21,6 +21,7 @@ from surgery.cli.main import COMMANDS
 from surgery.hub import account, listing, pull, push
 from surgery.ops import inspection, lint, verify
 from surgery.training import estimate
+from surgery.training import report as training
 from surgery.upcycling import report as upcycling
 from surgery.upcycling.mixture import Target
 from surgery.upcycling.native import NATIVE
@@ -128,7 +129,7 @@ def _parts(hint: Any) -> Iterator[type]:
 def _reported() -> list[type]:
     """Every dataclass that `--json` can print: the reports, and what they hold."""
     modules: tuple[types.ModuleType, ...] = (
-        reports, inspection, verify, operation, lint, push, pull, listing, account, upcycling, estimate,
+        reports, inspection, verify, operation, lint, push, pull, listing, account, upcycling, estimate, training,
     )  # fmt: skip
     todo = [
         found

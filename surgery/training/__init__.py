@@ -1,1 +1,4 @@
-"""Training: what is trained (`methods`), and what it takes (`estimate`). Needs the extra `train`."""
+"""Training of what the tools make: one loop on accelerate, transformers, PEFT and datasets, imported when used.
+
+Not called `train`, because `surgery.train` is the function.
+"""

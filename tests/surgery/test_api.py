@@ -24,6 +24,7 @@ from surgery.keywords import (
     RunKeywords,
     SubtractKeywords,
     SwitchKeywords,
+    TrainKeywords,
     UpcycleKeywords,
     VerifyKeywords,
     WritingKeywords,
@@ -53,6 +54,21 @@ VERBS: dict[str, tuple[Any, type | None, set[str]]] = {
 
 # Keywords that are no part of what is made.
 MEASURING = {"upcycle": {"verify", "text"}}
+
+
+# What and how to train are one list of keywords, with those that say how to run.
+HOW_TO_RUN = {"recipe", "overwrite", "dry_run", "hash", "device", "trackers", "progress"}
+
+
+def test_keywords_of_train_are_its_options() -> None:
+    from surgery.training.options import TrainOptions
+
+    fields = {field.name for field in dataclasses.fields(TrainOptions)}
+    assert names_of(TrainKeywords) - HOW_TO_RUN == fields - {"data"}
+    listed = re.findall(r"^ {12}(\w+): \S", surgery.train.__doc__ or "", re.MULTILINE)
+    assert set(listed) == names_of(TrainKeywords)
+    with pytest.raises(TypeError, match=r"train\(\) has no keyword 'step'\. Did you mean 'steps'\?"):
+        surgery.train("base", data="x", output="y", step=2)  # type: ignore[call-arg]
 
 
 def names_of(keywords: Any) -> set[str]:

@@ -1,0 +1,88 @@
+"""Other people's machinery: accelerate's state, trackers, and the bars of transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from surgery.errors import OptionError, UnsupportedError
+from surgery.training.options import TrainOptions
+from surgery.training.text import transformers_package
+
+TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab")
+
+
+@contextlib.contextmanager
+def accelerated(options: TrainOptions, device: str, trackers: Sequence[str]) -> Iterator[Any]:
+    """Accelerate's accelerator for a run; what it keeps globally goes with it."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.utils import DistributedType
+
+    named = [check_tracker(name) for name in trackers]
+    if device not in ("auto", "cpu"):
+        if not torch.cuda.is_available():
+            raise OptionError(f"--device is {device}, and there is no GPU that torch can use.")
+        torch.cuda.set_device(device if ":" in device else 0)
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not launched:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    precision = options.precision
+    if precision == "auto":
+        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
+    if options.optimizer == "adamw-8bit" and not _importable("bitsandbytes"):
+        raise OptionError("--optimizer adamw-8bit needs the package 'bitsandbytes', which is not installed.")
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision={"fp32": "no"}.get(precision, precision),
+        log_with=named or None,
+        project_dir=None if not named else os.getcwd(),
+    )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise UnsupportedError(
+            f"Training over {str(accelerator.distributed_type).rpartition('.')[2]} is not there yet; launch it as "
+            "data-parallel processes, as examples/accelerate/ddp.yaml has it."
+        )
+    try:
+        yield accelerator
+    finally:
+        if not launched:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+            PartialState._reset_state()
+
+
+def check_tracker(name: str) -> str:
+    """A tracker's name, if accelerate knows it and its package is there: accelerate itself goes on without."""
+    from accelerate.tracking import get_available_trackers
+
+    if name not in TRACKERS:
+        raise OptionError(f"--track is {name!r}, expected {', '.join(TRACKERS)}.")
+    if name not in {str(getattr(found, "value", found)) for found in get_available_trackers()}:
+        raise OptionError(f"--track {name} needs the package of that name, which is not installed.")
+    return name
+
+
+def _importable(name: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(name) is not None
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from drawing bars and from advising for a while."""
+    logging = transformers_package().utils.logging
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()

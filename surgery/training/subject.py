@@ -1,0 +1,125 @@
+"""Data and model, made ready for each other: whatever can be refused is refused here, before the first step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint import Checkpoint
+from surgery.errors import InputError, OptionError
+from surgery.training import batches
+from surgery.training.dropout import add_residual_dropout
+from surgery.training.examples import Examples, hold_out, image_examples, text_examples
+from surgery.training.images import Pictures
+from surgery.training.options import TrainOptions
+from surgery.training.prepared import Prepared, prepare
+from surgery.training.reading import Rows, read_rows
+from surgery.training.tasks import Labels, Task, find_labels, find_task, load_model, longest
+from surgery.training.text import Encoder, load_tokenizer, transformers_package
+from surgery.training.work import schedule_of
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Data and model, ready for each other."""
+
+    checkpoint: Checkpoint
+    task: Task
+    prepared: Prepared
+    tokenizer: Any
+    examples: Examples
+    held_out: Examples | None
+    batch: Any
+    steps: int
+    parameters: int
+    grown: bool = False
+
+
+def make_subject(checkpoint: Checkpoint, options: TrainOptions, accelerator: Any) -> Subject:
+    """Read data, load the model, and refuse whatever can be refused before the first step."""
+    assert checkpoint.path is not None
+    folder = checkpoint.path
+    config = _config(checkpoint)
+    with accelerator.main_process_first():  # which leaves tokens in the cache of `datasets` for the others
+        rows = read_rows(options.data)
+        task = find_task(config, rows.kind, checkpoint.label, options.data, options.task)
+        labels = find_labels(rows, config) if task.classifies else None
+        tokenizer = None
+        if rows.kind != "image" and not (rows.kind == "tokens" and not _has_tokenizer(folder, options)):
+            tokenizer = load_tokenizer(folder, options)
+        read = partial(_examples, task=task, tokenizer=tokenizer, labels=labels, config=config, options=options)
+        examples, held_out = read(rows), None
+        if options.eval_data is not None:
+            other = read_rows(options.eval_data)
+            find_task(config, other.kind, checkpoint.label, options.eval_data, task.name)
+            held_out = read(other)
+        elif options.eval_split:
+            examples, held_out = hold_out(examples, options.eval_split, options.seed)
+    model = load_model(folder, checkpoint.label, config, task, labels, options)
+    words = 0 if tokenizer is None else len(tokenizer)
+    grown = tokenizer is not None and words > model.get_input_embeddings().num_embeddings
+    if grown:
+        model.resize_token_embeddings(words, mean_resizing=False)
+    prepared = prepare(model, options)
+    if options.residual_dropout:
+        add_residual_dropout(model, options.residual_dropout)
+    if options.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    schedule = schedule_of(examples, options, accelerator.num_processes)
+    steps = options.steps or math.ceil((options.epochs or 1.0) * schedule.steps_per_epoch)
+    parameters = sum(parameter.numel() for parameter in prepared.model.parameters())
+    batch = _batches(task, tokenizer, folder, config, labels, options)
+    return Subject(checkpoint, task, prepared, tokenizer, examples, held_out, batch, steps, parameters, grown)
+
+
+def _examples(
+    rows: Rows, task: Task, tokenizer: Any, labels: Labels | None, config: Any, options: TrainOptions
+) -> Examples:
+    if rows.kind == "image":
+        assert labels is not None
+        return image_examples(rows, labels)
+    if options.packing:
+        _refuse_packing(config)
+    words = getattr(config.get_text_config(), "vocab_size", None)
+    encoder = Encoder.of(tokenizer, rows.kind, task.name, options, words)
+    return text_examples(rows, encoder, longest(config, options), options, labels)
+
+
+def _refuse_packing(config: Any) -> None:
+    """Under expert choice the tokens of a row compete: packed examples would see each other."""
+    stacks = (getattr(config, "moe_stacks", None) or {}).values()
+    if any(stack.get("router") == "expert-choice" for stack in stacks):
+        raise OptionError("--packing puts examples into one row, and with expert choice the tokens of a row compete.")
+
+
+def _batches(
+    task: Task, tokenizer: Any, folder: Path, config: Any, labels: Labels | None, options: TrainOptions
+) -> Any:
+    """What makes the tensors of some items."""
+    if task.name == "image-classification":
+        assert labels is not None
+        return Pictures.of(folder, config, labels).batch
+    padding = next((t for t in (getattr(tokenizer, "pad_token_id", None), config.pad_token_id) if t is not None), 0)
+    if labels is not None:
+        return partial(batches.label_batch, padding=padding, number=labels.continuous)
+    return partial(batches.text_batch, padding=padding, packed=options.packing)
+
+
+def _config(checkpoint: Checkpoint) -> Any:
+    transformers = transformers_package()
+    if checkpoint.model_type.startswith("upcycled_"):
+        import surgery.moe  # noqa: F401 - registers the classes
+    try:
+        return transformers.AutoConfig.from_pretrained(checkpoint.path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InputError(
+            f"{checkpoint.label} cannot be trained: transformers has no model for it ({reason})."
+        ) from error
+
+
+def _has_tokenizer(folder: Path, options: TrainOptions) -> bool:
+    return options.tokenizer is not None or (folder / "tokenizer_config.json").is_file()
