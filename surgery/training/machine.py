@@ -18,7 +18,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "cle
 def accelerated(options: TrainOptions, device: str, trackers: Sequence[str]) -> Iterator[Any]:
     """Accelerate's accelerator for a run; what it keeps globally goes with it."""
     import torch
-    from accelerate import Accelerator
+    from accelerate.accelerator import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from accelerate.utils import DistributedType
 
