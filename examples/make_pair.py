@@ -80,12 +80,20 @@ def save(weights: dict[str, torch.Tensor], folder: str) -> None:
     Path(folder, "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
 
 
+def save_rows(file: str, rows: int = 64, length: int = 32) -> None:
+    """Write token ids to train on, one row to a line: each token is the one before it plus 1 to 3."""
+    generator = torch.Generator().manual_seed(3)
+    steps = torch.randint(1, 4, (rows, length), generator=generator).cumsum(dim=1) % VOCABULARY
+    Path(file).write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in steps.tolist()))
+
+
 def main() -> None:
-    """Write the three folders."""
+    """Write the three folders, and a file to train on."""
     base = make_base(seed=0)
     save(base, "base")
     save(fine_tune(base, seed=1), "tuned")
     save(fine_tune(base, seed=2), "other")
+    save_rows("rows.jsonl")
 
 
 if __name__ == "__main__":
