@@ -76,7 +76,7 @@ def _own_code_in_vllm(checkpoint: Checkpoint) -> Iterator[str]:
 
 @rule("vllm/encoder-decoder", REFUSED, "vLLM 0.32.0, model_executor/models/registry.py: it has none of these")
 def _encoder_decoder(checkpoint: Checkpoint) -> Iterator[str]:
-    if checkpoint.architecture.startswith(("NllbMoe", "SwitchTransformers")):
+    if checkpoint.architecture.startswith(("T5", "MT5", "M2M100", "NllbMoe", "SwitchTransformers")):
         yield f"the architecture is {checkpoint.architecture!r}, an encoder-decoder that vLLM does not have"
 
 

@@ -25,7 +25,7 @@ def test_what_transformers_saves_is_in_order(family: str, tmp_path: Path) -> Non
     """Of every family; a mixture of experts is known for one."""
     found = examine(LocalFolder(save(make(family), tmp_path / "model")))
     assert found.problems == ()
-    moe = family in ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoe")
+    moe = family in ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe-some-dense", "gpt_oss", "granitemoe")
     assert found.facts["kind"] == ("moe" if moe else "dense")
     assert found.facts["architecture"] == FAMILIES[family][0]
     if moe:
