@@ -39,10 +39,12 @@ class Loop:
     """A run under way. `accelerator` is accelerate's; it knows devices, processes and precision."""
 
     def __init__(self, work: Work, accelerator: Any) -> None:
+        import torch
+
         options = work.options
         self.work, self.accelerator = work, accelerator
         self.schedule = schedule_of(work.examples, options, accelerator.num_processes)
-        self.position = state.Position()
+        self.position = state.Position(threads=torch.get_num_threads())
         self.routers = Routers.of(work.prepared.model, options.router_aux_loss, options.router_z_loss)
         groups, self.peaks = optimizer_groups(work.prepared, options)
         self.trained = [parameter for group in groups for parameter in group["params"]]

@@ -64,7 +64,11 @@ def train(
     if checkpoint.path is None or not checkpoint.path.is_dir():
         raise InputError(f"{checkpoint.label} is not a folder on disk; fetch it with `surgery pull` first.")
     check_paths(target, inputs, settings.overwrite)
-    with accelerated(options, settings.device, settings.trackers) as accelerator, quiet_transformers():
+    with (
+        accelerated(options, settings.device, settings.trackers) as accelerator,
+        quiet_transformers(),
+        state.same_threads(_state_folder(target)),
+    ):
         subject = make_subject(checkpoint, options, accelerator)
         if settings.dry_run:
             return _report(subject, options, accelerator, target, dry_run=True)
@@ -86,7 +90,7 @@ def _train(
 ) -> TrainReport:
     from accelerate.utils import broadcast_object_list, set_seed
 
-    root = staging_folder(target) / "state"
+    root = _state_folder(target)
     resume = [False]
     if staging is not None:
         resume = [state.check_same(root, _identity(subject, options, accelerator), target)]
@@ -125,6 +129,10 @@ def _train(
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return report
+
+
+def _state_folder(target: Path) -> Path:
+    return staging_folder(target) / "state"
 
 
 def _identity(subject: Subject, options: TrainOptions, accelerator: Any) -> dict[str, object]:

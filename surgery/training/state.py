@@ -47,6 +47,7 @@ class Position:
         stale: evaluations since then.
         first_loss, last_loss: of the first step and of the latest one.
         eval_loss: of the latest evaluation.
+        threads: that torch computes with; sums have other bits with another number of them.
     """
 
     step: int = 0
@@ -60,6 +61,7 @@ class Position:
     first_loss: float | None = None
     last_loss: float | None = None
     eval_loss: float | None = None
+    threads: int = 0
 
 
 def check_same(root: Path, run: Mapping[str, object], target: Path) -> bool:
@@ -84,6 +86,21 @@ def check_same(root: Path, run: Mapping[str, object], target: Path) -> bool:
     root.mkdir(parents=True)
     place.write_text(json.dumps(run, indent=1))
     return False
+
+
+@contextlib.contextmanager
+def same_threads(root: Path) -> Iterator[None]:
+    """Compute with as many threads as the interrupted run in `root` did, if there is one: the bits depend on it."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        saved = _json(root / "latest.json").get("threads") if (root / "latest.json").is_file() else None
+        if isinstance(saved, int) and 0 < saved <= 1024:
+            torch.set_num_threads(saved)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def save(

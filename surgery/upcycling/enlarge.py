@@ -9,6 +9,8 @@ are the K f best. Their weights add up to what the one had:
     raw sigmoid   sigmoid(z_e) for each: f times too much, so it is refused
 
 A correction that is added to softmax probabilities is divided by f with them; one that is added to sigmoids stays.
+
+Experts that are the G parts of one MLP stay side by side: f copies of the first G, then f of the next.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ class Enlarging:
     Attributes:
         experts: to each block, so far.
         top_k: experts to a token, so far; None under expert choice.
+        parts: experts side by side that are the parts of one MLP; 1 where each is a whole one.
     """
 
     checkpoint: Checkpoint
@@ -60,7 +63,14 @@ class Enlarging:
     factor: int
     experts: int
     top_k: int | None
+    parts: int
     options: UpcycleOptions
+
+    @property
+    def copies(self) -> Sequence[int]:
+        """Of the larger mixture's experts, in order: which expert each is a copy of."""
+        runs = [range(first, first + self.parts) for first in range(0, self.experts, self.parts)]
+        return [number for run in runs for _ in range(self.factor) for number in run]
 
     @property
     def init(self) -> ExpertInit:
@@ -87,9 +97,9 @@ def prepare_enlarging(checkpoint: Checkpoint, target: Target, options: UpcycleOp
         )
     factor = wanted // count
     problems = [*_objections(checkpoint, target)]
-    groups = on_record(checkpoint, target)[1]
-    if groups > 1:
-        problems.append(f"has experts that are parts of an MLP (granular:{groups}), which must stay side by side")
+    parts = on_record(checkpoint, target)[1]
+    if count % parts:
+        problems.append(f"has {count} experts, which do not divide into the parts of MLPs (granular:{parts})")
     if problems:
         reasons = " and ".join(problems)
         raise UnsupportedError(
@@ -107,7 +117,7 @@ def prepare_enlarging(checkpoint: Checkpoint, target: Target, options: UpcycleOp
             f"--top-k is {options.top_k}, expected {factor * (top_k or 0)}: with {factor} copies of each expert a "
             f"token goes to {factor} times as many."
         )
-    return Enlarging(checkpoint, target, blocks, factor, count, top_k, options)
+    return Enlarging(checkpoint, target, blocks, factor, count, top_k, parts, options)
 
 
 def _listed(counts: set[int]) -> str:
@@ -197,25 +207,25 @@ def _times(value: object, factor: int) -> object:
 
 
 def _block(work: Enlarging, block: SparseBlock) -> Iterator[Step]:
-    factor, count = work.factor, work.experts
+    factor, count, runs = work.factor, work.experts, work.experts // work.parts
     router = block.router
-    yield RepeatStep(TensorSpec(router.name, router.dtype, (factor * count, *router.shape[1:])), router, count, factor)
+    yield RepeatStep(TensorSpec(router.name, router.dtype, (factor * count, *router.shape[1:])), router, runs, factor)
     by_sigmoid = work.target.name in _SIGMOID
     for correction in block.corrections:
         shape = (*correction.shape[:-1], factor * correction.shape[-1])
         spec = TensorSpec(correction.name, correction.dtype, shape)
-        yield RepeatStep(spec, correction, count, factor, 1 if by_sigmoid else factor)
+        yield RepeatStep(spec, correction, runs, factor, 1 if by_sigmoid else factor)
     for tensor in (*block.shared.values(), *([block.gate] if block.gate is not None else [])):
         yield CopyStep(TensorSpec.like(tensor), tensor)
     for name, tensor in block.stacked.items():
         spec = TensorSpec(f"{block.path}.{name}", tensor.dtype, (factor * count, *tensor.shape[1:]))
         if work.init.kind == "copy":
-            yield RepeatStep(spec, tensor, count, factor)
+            yield RepeatStep(spec, tensor, runs, factor)
             continue
-        yield StackStep(spec, tuple((_recipe(work, tensor[expert // factor]),) for expert in range(factor * count)))
-    for number, parts in enumerate(block.experts if not block.stacked else ()):
-        for part, tensor in parts.items():
-            copies = range(number * factor, (number + 1) * factor)
+        yield StackStep(spec, tuple((_recipe(work, tensor[expert]),) for expert in work.copies))
+    for number, expert in enumerate(block.experts if not block.stacked else ()):
+        for part, tensor in expert.items():
+            copies = [new for new, old in enumerate(work.copies) if old == number]
             names = [f"{block.path}.{block.names.experts[part].format(e=copy)}" for copy in copies]
             specs = [TensorSpec(name, tensor.dtype, tensor.shape) for name in names]
             recipe = _recipe(work, tensor)
@@ -297,7 +307,8 @@ def report_on(work: Enlarging, plan: Plan, target: Path, run_options: RunOptions
         target=work.checkpoint.model_type,
         architecture=work.checkpoint.architecture,
         stacks=stacks,
-        init=work.options.init,
+        # `dense` reads here that experts are parts, where the format itself has no word for it.
+        init=work.options.init if noisy or work.parts == 1 else f"granular:{work.parts}",
         router_init="copy",
         parameters=parameters,
         active=parameters - round(idle),

@@ -75,6 +75,7 @@ EXPECTED: dict[str, tuple[list[str], list[str]]] = {
             "against XOR and zstd: synthetic pair, rank 16",
             "against zstd alone: synthetic pair, rank 16",
             "restored on one core, after imports",
+            "restored per second of processor, after imports",
             "restored, whole process",
             "tensors restored to their bits",
         ],

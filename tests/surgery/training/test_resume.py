@@ -114,11 +114,12 @@ def test_a_mixture_goes_on_bit_for_bit(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_process_goes_on(base: Path, data: Path, tmp_path: Path) -> None:
-    """From the last state that was saved, to the same end."""
+    """From the last state that was saved, to the same end; with the threads it had, which are others here."""
     how = {"steps": 60, "batch_size": 4, "learning_rate": 1e-3, "save_every": 3}
     options = [word for name, value in how.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command: list[str | Path] = ["train", base, "--data", data, *options, "--device", "cpu", "-o", tmp_path / "out"]
-    killed = start_cli(*command, "--quiet")
+    two_threads = {"OMP_NUM_THREADS": "2"}
+    killed = start_cli(*command, "--quiet", env=two_threads)
     marker = tmp_path / ".out.partial" / "state" / "latest.json"
     deadline = time.monotonic() + 200
     while not marker.exists() and time.monotonic() < deadline:
@@ -128,7 +129,9 @@ def test_a_killed_process_goes_on(base: Path, data: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
     report = surgery.train(base, data=str(data), output=tmp_path / "out", device="cpu", **how)  # type: ignore[arg-type]
     assert 3 <= report.resumed < 60
-    making.run(base, data, tmp_path / "whole", **how)
+    assert torch.get_num_threads() == 1
+    whole = [*command[:-1], tmp_path / "whole", "--quiet"]
+    assert start_cli(*whole, env=two_threads).communicate() == ("", "")
     assert making.losses(tmp_path / "out") == making.losses(tmp_path / "whole")
     assert tree(tmp_path / "out")["model.safetensors"] == tree(tmp_path / "whole")["model.safetensors"]
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import surgery
 from surgery.checkpoint import open_checkpoint
@@ -107,11 +108,18 @@ def test_the_tokenizer_keeps_its_class(tmp_path: Path) -> None:
     assert (tmp_path / "again/tokenizer_config.json").read_text() == '{"tokenizer_class": "Other"}'
 
 
-def test_parts_of_an_mlp_are_not_enlarged(tmp_path: Path) -> None:
+def test_parts_of_an_mlp_stay_side_by_side(tmp_path: Path) -> None:
+    """However often a mixture of small experts is enlarged, `dense` finds the MLP again."""
     upcycled(stored(tmp_path, "qwen3"), tmp_path / "moe", init="granular:2", experts=8)
-    with pytest.raises(UnsupportedError) as caught:
-        upcycled(open_checkpoint(tmp_path / "moe"), tmp_path / "more", experts=16)
-    assert "has experts that are parts of an MLP (granular:2), which must stay side by side" in str(caught.value)
+    upcycled(open_checkpoint(tmp_path / "moe"), tmp_path / "more", experts=16)
+    upcycled(open_checkpoint(tmp_path / "more"), tmp_path / "most", experts=64)
+    surgery.dense(tmp_path / "most", output=tmp_path / "dense")
+    before, after = (
+        load_file(tmp_path / "qwen3-float32/model.safetensors"),
+        load_file(tmp_path / "dense/model.safetensors"),
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_mixture_whose_config_lies_about_its_experts(tmp_path: Path) -> None:
