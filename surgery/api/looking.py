@@ -1,0 +1,119 @@
+"""The verbs that write nothing: inspect, lint, verify, estimate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Unpack
+
+from surgery.api.calling import check_keywords, split
+from surgery.errors import OptionError
+from surgery.keywords import EstimateKeywords, MethodKeywords, VerifyKeywords
+
+if TYPE_CHECKING:
+    from surgery.adapter import Adapter
+    from surgery.api.calling import CheckpointLike
+    from surgery.ops.inspection import AdapterReport, CheckpointReport
+    from surgery.ops.lint import LintReport
+    from surgery.ops.verify import CompareReport, VerifyReport
+    from surgery.training.estimate import EstimateReport
+
+
+def inspect(path: CheckpointLike | Adapter, *, tensors: bool = False) -> CheckpointReport | AdapterReport:
+    """Describe a checkpoint or an adapter from its headers; with `tensors`, list every tensor."""
+    from surgery.adapter import Adapter
+    from surgery.hub.resolve import resolve
+    from surgery.ops.inspection import inspect_adapter, inspect_checkpoint
+
+    found = resolve(path)
+    return inspect_adapter(found, tensors) if isinstance(found, Adapter) else inspect_checkpoint(found, tensors)
+
+
+def lint(
+    path: str | os.PathLike[str],
+    *,
+    consumers: str | Sequence[str] = ("peft", "vllm", "llama.cpp"),
+    base: CheckpointLike | None = None,
+) -> LintReport:
+    """Say what each of `consumers` would refuse, or silently get wrong, about the adapter or checkpoint at `path`."""
+    from surgery.hub.resolve import resolve_checkpoint, resolve_folder
+    from surgery.ops.lint import lint as run_lint
+
+    names = [name.strip() for name in consumers.split(",") if name.strip()] if isinstance(consumers, str) else consumers
+    return run_lint(resolve_folder(path), tuple(names), None if base is None else resolve_checkpoint(base))
+
+
+def verify(
+    left: CheckpointLike, right: CheckpointLike | None = None, **keywords: Unpack[VerifyKeywords]
+) -> VerifyReport | CompareReport:
+    """Check an output against its `surgery.json`, or compare two checkpoints.
+
+    Args:
+        left: the output to check, or the first of two.
+        right: the second.
+        **keywords:
+            logits: compare the two as functions, too; loads both whole, with transformers.
+            seed: of the random inputs that `logits` runs them on.
+            threads: tensors at a time.
+            progress: told about the bytes as they pass.
+    """
+    from surgery.adapter import Adapter
+    from surgery.hub.resolve import resolve, resolve_checkpoint
+    from surgery.ops.verify import compare, verify_output, with_logits
+
+    check_keywords("verify", keywords, VerifyKeywords)
+    logits = keywords.get("logits", False)
+    settings = split(keywords)[0].settings
+    if right is None and logits:
+        raise OptionError("--logits compares two checkpoints; name the second.")
+    if right is None:
+        found = resolve(left)
+        return verify_output(found.files if isinstance(found, Adapter) else found, settings)
+    pair = resolve_checkpoint(left), resolve_checkpoint(right)
+    report = compare(*pair, settings)
+    return with_logits(report, *pair, keywords.get("seed", 0)) if logits else report
+
+
+def estimate(checkpoint: CheckpointLike, **keywords: Unpack[EstimateKeywords]) -> EstimateReport:
+    """Say what a training run would take; `config.json` is enough.
+
+    Args:
+        checkpoint: the model.
+        **keywords:
+            method: `lora` (the default), `full`, `top:N`, `bitfit`, `prompt`, `prefix`, `adapter-h`, `adapter-l`,
+                `lora+prompt`, `lora+prefix`, `router`, `experts`, or `selected`, the default with `train`.
+            rank: of LoRA, and the bottleneck of adapters; 16 by default.
+            alpha: of LoRA; 32 by default, and 8 with `rslora`.
+            targets: where LoRA acts; `all-linear` by default.
+            dropout: of LoRA, before A.
+            rslora: scale LoRA by alpha/sqrt(rank).
+            dora: train magnitudes apart from directions.
+            pissa: begin LoRA with the leading singular vectors of each weight.
+            lora_plus: the learning rate of B over that of A.
+            prompt_tokens: virtual tokens before the input; 8 by default.
+            infix_tokens: virtual tokens between prompt and completion.
+            train: patterns of parameters to train besides, each with a factor on the learning rate.
+            freeze: patterns of parameters not to train.
+            head: train a classifier's head; True by default.
+            task: `causal-lm`, `classification`, `seq2seq` or `image-classification`; by default as the config says.
+            activations: tell them, too, which takes seconds for a large model; True by default.
+            batch_size: rows on each device; 1 by default.
+            length: tokens of a row; 512 by default.
+            checkpointing: compute activations again in the backward pass.
+            devices: that share the work.
+            sharding: what they share out: `none` (the default), `optimizer`, `gradients` or `full`.
+            weight_bytes: width of the model's weights; by default as the config says.
+            trained_bytes: width of what is trained; by default 4 for adapters, else that of the weights.
+            master_bytes: width of a second copy of it; 0 by default.
+            gradient_bytes: width of gradients; by default that of what is trained.
+            optimizer_bytes: of the optimiser's states together; 8 by default.
+    """
+    from surgery.hub.resolve import resolve_config
+    from surgery.training.estimate import EstimateOptions
+    from surgery.training.estimate import estimate as run_estimate
+    from surgery.training.methods.options import MethodOptions
+
+    check_keywords("estimate", keywords, EstimateKeywords)
+    given: dict[str, Any] = dict(keywords)
+    method = {name: given.pop(name) for name in MethodKeywords.__optional_keys__ if name in given}
+    return run_estimate(*resolve_config(checkpoint), EstimateOptions(method=MethodOptions(**method), **given))
