@@ -38,7 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "train": (
         "surgery.cli.training:train",
-        "Train a checkpoint on texts, prompts, chats, labels or pictures.",
+        "Train a checkpoint, or an adapter of one, on texts, prompts, chats, labels or pictures.",
     ),
     "verify": ("surgery.cli.look:verify", "Check an output against its provenance, or compare two checkpoints."),
     "push": ("surgery.cli.hub:push", "Check a model or an adapter and commit it to a registry."),

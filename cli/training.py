@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 import surgery
+from surgery.cli.methods import given_options, method_options
 from surgery.cli.options import reporting, resumable
 from surgery.cli.training_progress import make_train_progress
 
@@ -19,12 +20,13 @@ def _choice(*names: str) -> click.Choice[str]:
 @click.command(
     epilog="""\b
 Examples:
-  surgery train model --data texts.jsonl --eval-split 0.05 -o tuned
-  surgery train model --data chats.jsonl --epochs 3 --batch-size 4 --gradient-accumulation 8 -o tuned
+  surgery train model --data texts.jsonl --eval-split 0.05 -o adapter
+  surgery train adapter --base model --data more.jsonl -o adapter-2
+  surgery train model --data chats.jsonl --method full --epochs 3 --gradient-accumulation 8 -o tuned
   surgery train moe --data texts.jsonl --recipe upcycle --steps 2000 -o moe-trained
-  surgery train vit --data pictures/ --new-head --epochs 5 -o classifier
+  surgery train vit --data pictures/ --method top:2 --new-head --epochs 5 -o classifier
   surgery train model --data chats.jsonl --recipe lima --set residual_dropout=0.2 -o tuned
-  surgery train model --data texts.jsonl --packing --over-length split --max-length 1024 -o tuned"""
+  surgery train model --data texts.jsonl --packing --over-length split --max-length 1024 -o adapter"""
 )
 @click.argument("checkpoint", metavar="CHECKPOINT", type=click.Path())
 @click.option("--data", required=True, metavar="DATA", help="File, folder, or data set on the Hub, name/repo[:split].")
@@ -37,10 +39,9 @@ Examples:
     type=_choice("causal-lm", "seq2seq", "classification", "image-classification"),
     help="What to learn.  [default: told from checkpoint and data]",
 )
-@click.option("--method", help="What is trained.  [default: full]")
-@click.option("--targets", help="Modules that LoRA acts on.  [default: all-linear]")
-@click.option("--rank", type=click.IntRange(1), help="Of LoRA, and the bottleneck of adapters.  [default: 16]")
-@click.option("--alpha", type=float, help="Of LoRA.  [default: the rank]")
+@method_options
+@click.option("--base", metavar="CHECKPOINT", help="What CHECKPOINT belongs to, if it is an adapter to train on.")
+@click.option("--any-base", is_flag=True, default=None, help="Take it even if hashes prove that it is another.")
 @click.option(
     "--recipe", metavar="NAME|FILE", help="lima, upcycle, lora-paper, or a YAML file; options given come first."
 )
@@ -50,7 +51,7 @@ Examples:
 )
 @click.option("--batch-size", type=click.IntRange(1), help="Rows of a forward pass, on each device.  [default: 8]")
 @click.option("--gradient-accumulation", type=click.IntRange(1), help="Forward passes to a step.  [default: 1]")
-@click.option("--learning-rate", type=click.FloatRange(0), help="At its highest.  [default: 2e-5; 2e-4 for adapters]")
+@click.option("--learning-rate", type=click.FloatRange(0), help="At its highest.  [default: by method; 2e-4 for lora]")
 @click.option("--schedule", type=_choice("cosine", "linear", "constant"), help="How the rate falls.  [default: cosine]")
 @click.option("--warmup", type=click.FloatRange(0), help="Steps of warm-up; below 1, a share of all.  [default: 0]")
 @click.option("--weight-decay", type=click.FloatRange(0), help="Of matrices.  [default: 0]")
@@ -107,7 +108,10 @@ Examples:
 @reporting
 @resumable
 def train(checkpoint: str, as_json: bool, quiet: bool, settings: tuple[str, ...], **options: Any) -> None:
-    """Train a checkpoint on texts, prompts, chats, labels or pictures.
+    """Train a checkpoint, or an adapter of one, on texts, prompts, chats, labels or pictures.
+
+    By default a LoRA of all linear layers is trained, and written as an adapter; --method full and others write a
+    checkpoint. An adapter that is named instead of a checkpoint is trained on.
 
     What is in the data decides what is learnt. A run that was stopped goes on when the same command is given again,
     as if nothing had happened; the log is beside the output until it is done.
@@ -117,7 +121,7 @@ def train(checkpoint: str, as_json: bool, quiet: bool, settings: tuple[str, ...]
 
     # Of several processes one speaks.
     first = os.environ.get("RANK", "0") == "0"
-    given = {name: value for name, value in options.items() if value is not None}
+    given = given_options(options)
     given |= dict(parse_setting(text) for text in settings)
     report = surgery.train(checkpoint, progress=make_train_progress(quiet or not first), **given)
     if first:

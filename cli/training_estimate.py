@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 import surgery
-from surgery.cli.methods import method_options
+from surgery.cli.methods import given_options, method_options
 from surgery.cli.options import reporting
 
 _WIDTH = click.FloatRange(0, 64)
@@ -68,4 +68,4 @@ def estimate(checkpoint: str, as_json: bool, quiet: bool, **options: Any) -> Non
     """
     from surgery.cli import render
 
-    render.present(surgery.estimate(checkpoint, **options), as_json, quiet)
+    render.present(surgery.estimate(checkpoint, **given_options(options)), as_json, quiet)

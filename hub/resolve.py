@@ -8,7 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from surgery.adapter import Adapter, open_adapter, read_adapter
-from surgery.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
+from surgery.checkpoint import (
+    Checkpoint,
+    open_checkpoint,
+    read_adapter_files,
+    read_checkpoint,
+    read_foreign_adapter,
+)
 from surgery.errors import InputError
 from surgery.folder import Folder, LocalFolder, read_json
 from surgery.source import kind_of
@@ -47,6 +53,20 @@ def resolve(reference: Reference | Checkpoint | Adapter) -> Checkpoint | Adapter
     if folder is not None:
         return read_adapter(folder) if _holds_adapter(folder.names()) else read_checkpoint(folder)
     return resolve_adapter(reference) if is_adapter(reference) else resolve_checkpoint(reference)
+
+
+def resolve_files(reference: Reference | Checkpoint) -> Checkpoint:
+    """The tensors of a checkpoint or of an adapter of any kind, by path or id, whatever they mean."""
+    if isinstance(reference, Checkpoint):
+        return reference
+    folder = _folder_of_id(reference)
+    if folder is None and kind_of(Path(reference)) == "folder":
+        folder = LocalFolder(reference)
+    if folder is not None and "surgery_method.json" in folder.names():
+        return read_foreign_adapter(folder, ("surgery_method",), "surgery_method.json")
+    if folder is not None and _holds_adapter(folder.names()):
+        return read_adapter_files(folder)
+    return resolve_checkpoint(reference)
 
 
 def resolve_folder(reference: Reference) -> Folder | Path:

@@ -48,7 +48,7 @@ def extraction_card(config: Mapping[str, object], report: ExtractReport) -> str:
     if lost:
         lines += [f"Changed by the fine-tune and not in this adapter: {_list(lost)}.", ""]
     front = {"base_model": str(base), "library_name": "peft", "tags": ["lora", "checkpoint-surgery"]}
-    return with_section("", "\n".join([*lines, *_LOAD]), front)
+    return with_section("", "\n".join([*lines, *LOAD_WITH_PEFT]), front)
 
 
 def combination_card(config: Mapping[str, object], report: CombineReport) -> str:
@@ -75,7 +75,7 @@ def combination_card(config: Mapping[str, object], report: CombineReport) -> str
         "",
     ]
     front = {"base_model": str(base or ""), "library_name": "peft", "tags": ["lora", "checkpoint-surgery"]}
-    return with_section("", "\n".join([*lines, *_LOAD]), front)
+    return with_section("", "\n".join([*lines, *LOAD_WITH_PEFT]), front)
 
 
 def conversion_card(config: Mapping[str, object], source: str, modules: int) -> str:
@@ -88,10 +88,11 @@ def conversion_card(config: Mapping[str, object], source: str, modules: int) -> 
         "",
     ]
     front = {"base_model": str(base or ""), "library_name": "peft", "tags": ["lora", "checkpoint-surgery"]}
-    return with_section("", "\n".join([*lines, *_LOAD]), front)
+    return with_section("", "\n".join([*lines, *LOAD_WITH_PEFT]), front)
 
 
-_LOAD = (
+# Of every adapter's card.
+LOAD_WITH_PEFT = (
     "## Load it",
     "",
     "```python",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
+    from surgery.api.calling import CheckpointLike
     from surgery.execute import Progress
     from surgery.training.work import TrainProgress
 
@@ -179,10 +180,13 @@ class EstimateKeywords(MethodKeywords, total=False):
     optimizer_bytes: float
 
 
-class TrainKeywords(TypedDict, total=False):
+class TrainKeywords(MethodKeywords, total=False):
     """What and how to train, see `surgery.training.options.TrainOptions`, and how to run.
 
     Attributes:
+        base: the checkpoint that an adapter belongs to which is trained on.
+        any_base: take it even if hashes prove that the adapter was made for another.
+        base_name: what an adapter calls its base.
         recipe: a named set of options, which those given here come before.
         overwrite: replace an existing output.
         dry_run: look at data and model, train nothing.
@@ -203,10 +207,6 @@ class TrainKeywords(TypedDict, total=False):
     over_length: str
     packing: bool
     new_head: bool
-    method: str
-    targets: str
-    rank: int
-    alpha: float | None
     steps: int | None
     epochs: float | None
     batch_size: int
@@ -233,6 +233,9 @@ class TrainKeywords(TypedDict, total=False):
     patience: int | None
     save_dtype: str
     seed: int
+    base: CheckpointLike | None
+    any_base: bool
+    base_name: str | None
     recipe: str | None
     overwrite: bool
     dry_run: bool

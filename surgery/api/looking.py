@@ -57,8 +57,7 @@ def verify(
             threads: tensors at a time.
             progress: told about the bytes as they pass.
     """
-    from surgery.adapter import Adapter
-    from surgery.hub.resolve import resolve, resolve_checkpoint
+    from surgery.hub.resolve import resolve_checkpoint, resolve_files
     from surgery.ops.verify import compare, verify_output, with_logits
 
     check_keywords("verify", keywords, VerifyKeywords)
@@ -67,8 +66,7 @@ def verify(
     if right is None and logits:
         raise OptionError("--logits compares two checkpoints; name the second.")
     if right is None:
-        found = resolve(left)
-        return verify_output(found.files if isinstance(found, Adapter) else found, settings)
+        return verify_output(resolve_files(left), settings)
     pair = resolve_checkpoint(left), resolve_checkpoint(right)
     report = compare(*pair, settings)
     return with_logits(report, *pair, keywords.get("seed", 0)) if logits else report

@@ -94,5 +94,5 @@ def _refuse(
 def _sentence(base: Checkpoint, adapter: Adapter, verdict: Belonging) -> str:
     return (
         f"{adapter.label} was made for another base than {base.label}: tensor {verdict.different[0]!r} is not the one "
-        f"of {verdict.source} that its surgery.json has on record; --any-base merges it all the same."
+        f"of {verdict.source} that its surgery.json has on record; --any-base takes it all the same."
     )

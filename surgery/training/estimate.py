@@ -192,7 +192,7 @@ def estimate(label: str, config: Mapping[str, Any], options: EstimateOptions | N
         trainable_parameters=prepared.trainable,
         adapter_bytes=round(saved),
         saves=prepared.kind,
-        learning_rate=options.method.learning_rate,
+        learning_rate=options.method.default_rate,
         batch_size=options.batch_size,
         length=length if "input_ids" in inputs else None,
         devices=options.devices,

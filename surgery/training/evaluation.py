@@ -28,7 +28,7 @@ def evaluate(model: Any, work: Work, examples: Examples, accelerator: Any) -> Li
             mine = share(rows, accelerator.process_index, processes)
             batch = work.batch(examples, mine or rows[:1])
             batch = {k: v.to(accelerator.device) for k, v in (batch if mine else silenced(batch)).items()}
-            logits = model(**model_inputs(work.prepared.model, work.task, batch)).logits
+            logits = model(**model_inputs(work.prepared, work.task, batch)).logits
             labels = batch["labels"]
             right = 0 if labels.dtype.is_floating_point else int(work.task.right(logits, labels))
             sums += torch.tensor([float(work.task.loss(logits, labels)), right, predictions_of(labels, work.task)])

@@ -26,7 +26,7 @@ from surgery.training import state
 from surgery.training.batches import Batch, share
 from surgery.training.evaluation import evaluate, predictions_of, silenced
 from surgery.training.examples import Examples
-from surgery.training.rates import make_optimizer, optimizer_groups, rate
+from surgery.training.rates import make_optimizer, rate
 from surgery.training.routers import Routers
 from surgery.training.tasks import model_inputs
 from surgery.training.work import Line, Work, schedule_of
@@ -46,7 +46,8 @@ class Loop:
         self.schedule = schedule_of(work.examples, options, accelerator.num_processes)
         self.position = state.Position(threads=torch.get_num_threads())
         self.routers = Routers.of(work.prepared.model, options.router_aux_loss, options.router_z_loss)
-        groups, self.peaks = optimizer_groups(work.prepared, options)
+        groups = work.prepared.optimizer_groups(options.weight_decay)
+        self.peaks = [group["lr"] for group in groups]
         self.trained = [parameter for group in groups for parameter in group["params"]]
         self.model, self.optimizer = accelerator.prepare(work.prepared.model, make_optimizer(groups, options))
         self.stopping = False
@@ -108,10 +109,10 @@ class Loop:
 
     def _pass(self, batch: Batch, predictions: int) -> None:
         """One forward and backward pass: the loss is this process's part of the step's mean."""
-        inner, task = self.work.prepared.model, self.work.task
+        task = self.work.task
         batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
         asked = self.routers.call if self.routers is not None else {}
-        outputs = self.model(**model_inputs(inner, task, batch), **asked)
+        outputs = self.model(**model_inputs(self.work.prepared, task, batch), **asked)
         # Processes average their gradients; the sum over all of them is what is wanted.
         scale = self.accelerator.num_processes / predictions
         own = task.loss(outputs.logits, batch["labels"])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from surgery.errors import OptionError, several
+from surgery.training.methods.options import MethodOptions
 
 TASKS = ("causal-lm", "seq2seq", "classification", "image-classification")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -15,14 +16,13 @@ OVER_LENGTH = ("error", "truncate", "skip", "split")
 LOSSES = ("auto", "all")
 KEPT = ("best", "last")
 OPTIMIZERS = ("adamw", "adamw-8bit")
-# LoRA's best rate is ten times that of full tuning (Schulman et al., "LoRA Without Regret", 2025).
-FULL_RATE = 2e-5
-_FULL_RATE_METHODS = ("full", "top", "experts")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """What and how to train. Whatever is here can change the result; see `RunOptions` for what cannot.
+class TrainOptions(MethodOptions):
+    """What and how to train: a method with its options, and these.
+
+    Whatever is here can change the result; see `TrainSettings` for what cannot.
 
     Attributes:
         data: a file, a folder, or a data set on the Hub, `name/repo[:split]`.
@@ -38,21 +38,17 @@ class TrainOptions:
         over_length: what becomes of longer ones; `split` is for plain text only.
         packing: several examples to a row, which do not see each other.
         new_head: put a fresh head on a checkpoint whose own is for other labels.
-        method: what is trained.
-        targets: of LoRA.
-        rank: of LoRA, and the bottleneck of adapters.
-        alpha: of LoRA; the rank where it is None.
         steps: of the optimiser; instead of `epochs`.
         epochs: times to go through the data; 1 where neither is given.
         batch_size: examples to a forward pass, on each device.
         gradient_accumulation: forward passes to a step.
-        learning_rate: at its highest; None for the method's default.
+        learning_rate: at its highest; the method's own where it is None.
         schedule: how it falls after the warm-up.
         warmup: steps of it; below 1, the share of all steps.
         final_rate: what the rate falls to, as a share of the highest.
         optimizer: `adamw`, or `adamw-8bit` with bitsandbytes.
         beta1, beta2, epsilon: of AdamW.
-        weight_decay: of matrices; vectors have none.
+        weight_decay: of matrices; vectors and virtual tokens have none.
         max_grad_norm: gradients are scaled down to this norm; 0 for never.
         precision: of the forward and backward pass; weights and optimiser are float32. `auto` is bf16 on a GPU that has
             it, fp32 elsewhere.
@@ -67,7 +63,6 @@ class TrainOptions:
         keep: the weights that are written: of the evaluation with the least loss, or the last.
         patience: stop after so many evaluations that are no better; None for never.
         save_dtype: of the weights written: `auto` for that of the checkpoint, `float32`, `bfloat16`, `float16`.
-        seed: of everything random.
     """
 
     data: str
@@ -82,10 +77,6 @@ class TrainOptions:
     over_length: str = "error"
     packing: bool = False
     new_head: bool = False
-    method: str = "full"
-    targets: str = "all-linear"
-    rank: int = 16
-    alpha: float | None = None
     steps: int | None = None
     epochs: float | None = None
     batch_size: int = 8
@@ -111,9 +102,9 @@ class TrainOptions:
     keep: str = "best"
     patience: int | None = None
     save_dtype: str = "auto"
-    seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         problems = list(self._problems())
         if problems:
             raise OptionError(several("the options", problems), problems)
@@ -121,9 +112,7 @@ class TrainOptions:
     @property
     def rate(self) -> float:
         """The highest learning rate."""
-        if self.learning_rate is not None:
-            return self.learning_rate
-        return FULL_RATE if self.method.partition(":")[0] in _FULL_RATE_METHODS else 10 * FULL_RATE
+        return self.default_rate if self.learning_rate is None else self.learning_rate
 
     def _problems(self) -> Iterator[str]:
         choices = (
@@ -135,7 +124,7 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and value not in known:
                 yield f"{option(name)} is {value!r}, expected {', '.join(known[:-1])} or {known[-1]}."
-        for name in ("batch_size", "gradient_accumulation", "log_every", "rank"):
+        for name in ("batch_size", "gradient_accumulation", "log_every"):
             if getattr(self, name) < 1:
                 yield f"{option(name)} is {getattr(self, name)}, expected at least 1."
         for name in ("steps", "max_length", "eval_every", "save_every", "patience"):
@@ -162,8 +151,10 @@ class TrainOptions:
             yield "--eval-data and --eval-split both say what to evaluate on; give one of them."
         if self.patience is not None and self.eval_data is None and not self.eval_split:
             yield "--patience needs evaluations; give --eval-data or --eval-split."
-        if self.packing and self.over_length == "skip" and self.task not in (None, "causal-lm"):
+        if self.packing and self.task not in (None, "causal-lm"):
             yield "--packing is for causal language models."
+        if self.packing and ("prompt" in self.kind or "prefix" in self.kind):
+            yield f"--packing puts examples into one row, and --method {self.name} begins each row with its own tokens."
 
 
 def option(name: str) -> str:

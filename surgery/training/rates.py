@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from surgery.errors import OptionError
 from surgery.training.options import TrainOptions
-from surgery.training.prepared import Prepared
 
 
 def rate(step: int, steps: int, options: TrainOptions) -> float:
@@ -26,26 +24,6 @@ def rate(step: int, steps: int, options: TrainOptions) -> float:
 def warmup_steps(steps: int, options: TrainOptions) -> int:
     """Steps of the warm-up: a number of them, or a share of all."""
     return math.ceil(options.warmup * steps) if options.warmup < 1 else int(options.warmup)
-
-
-def optimizer_groups(prepared: Prepared, options: TrainOptions) -> tuple[list[dict[str, Any]], list[float]]:
-    """The optimiser's groups, matrices with weight decay and vectors without, and the highest rate of each.
-
-    Raises:
-        OptionError: nothing is trained.
-    """
-    groups, peaks = [], []
-    for group in prepared.groups:
-        for decay, chosen in (
-            (options.weight_decay, [p for p in group.params if p.dim() > 1]),
-            (0.0, [p for p in group.params if p.dim() <= 1]),
-        ):
-            if chosen:
-                groups.append({"params": chosen, "weight_decay": decay})
-                peaks.append(group.lr)
-    if not groups:
-        raise OptionError(f"--method {options.method} trains nothing on this model.")
-    return groups, peaks
 
 
 def make_optimizer(groups: list[dict[str, Any]], options: TrainOptions) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import FormatError, MissingExtraError, OptionError
+from surgery.training.methods.options import MethodOptions, parse_rate
 from surgery.training.options import TrainOptions
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -53,7 +54,11 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 def with_recipe(recipe: str | None, given: Mapping[str, Any]) -> TrainOptions:
     """Options from a recipe, if one is named, and from what was given."""
-    options = {**(read_recipe(recipe) if recipe is not None else {}), **given}
+    options = read_recipe(recipe) if recipe is not None else {}
+    if given.get("method") not in (None, options.get("method")):
+        # A recipe's rank and targets are its method's.
+        options = {name: value for name, value in options.items() if name not in MethodOptions.__dataclass_fields__}
+    options |= given
     # A number of steps replaces a recipe's number of epochs, and the other way round.
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if given.get(one) is not None and given.get(other) is None:
@@ -73,6 +78,11 @@ def _known(key: str, where: str) -> str:
 
 def _typed(key: str, value: Any) -> Any:
     """A value as the option's type has it. `none` is None where that may be."""
+    if key in ("train", "freeze"):
+        patterns = value if isinstance(value, list) else [value]
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise OptionError(f"{key} is {value!r}, expected a pattern or a list of them.")
+        return tuple(parse_rate(pattern) if key == "train" else pattern for pattern in patterns)
     hint = typing.get_type_hints(TrainOptions)[key]
     kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType] or [hint]
     (kind,) = kinds

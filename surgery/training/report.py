@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from surgery.card import table, with_section
+from surgery.card import LOAD_WITH_PEFT, table, with_section
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,14 @@ _OF_THE_RUN = {"output", "dry_run", "resumed", "tokens_per_second"}
 
 
 def trained_card(readme: str, base: str, report: TrainReport, options: Mapping[str, object]) -> str:
-    """The `README.md` of what was trained: the input's, with a section about the training."""
+    """The `README.md` of what was trained: the input's, with a section about the training.
+
+    An adapter's tells how to load it, unless its method is one that PEFT does not have.
+    """
+    own = report.method.startswith("adapter-") or options["infix_tokens"]
+    front: dict[str, str | list[str]] = {"base_model": base, "tags": ["checkpoint-surgery"]}
+    if report.kind == "adapter" and not own:
+        front |= {"library_name": "peft", "tags": ["lora"] * ("lora" in report.method) + ["checkpoint-surgery"]}
     rows = {
         "task": report.task,
         "method": f"{report.method}, {report.trained:,} of {report.parameters:,} parameters trained",
@@ -121,4 +128,6 @@ def trained_card(readme: str, base: str, report: TrainReport, options: Mapping[s
     rows["weights"] = f"of step {report.written}"
     lines = ["## Training", "", f"Trained from `{base}` by checkpoint-surgery.", "", *table(rows), ""]
     lines += ["![loss](training/loss.png)", "", "Every step is in `training/log.jsonl`."]
-    return with_section(readme, "\n".join(lines), {"base_model": base, "tags": ["checkpoint-surgery"]})
+    if report.kind == "adapter" and not own:
+        lines += ["", *LOAD_WITH_PEFT]
+    return with_section(readme, "\n".join(lines), front)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint import Checkpoint, open_checkpoint
-from surgery.errors import InputError, MissingExtraError
+from surgery.errors import MissingExtraError
 from surgery.hashing import HashBook
 from surgery.operation import check_paths
-from surgery.provenance import FILE_NAME, Input, describe_input, describe_tensor, document, hash_files
+from surgery.provenance import FILE_NAME, describe_input, describe_tensor, document, hash_files
 from surgery.training import plots, state
 from surgery.training.examples import Examples
 from surgery.training.loop import Loop
@@ -26,6 +26,7 @@ from surgery.training.options import TrainOptions
 from surgery.training.rates import warmup_steps
 from surgery.training.reading import source_name
 from surgery.training.report import DataReport, TrainReport, trained_card
+from surgery.training.starting import Start, adapter_files
 from surgery.training.subject import Subject, make_subject
 from surgery.training.work import Silent, TrainProgress, Work, schedule_of
 from surgery.writer import Staging, staging_folder
@@ -55,25 +56,20 @@ class TrainSettings:
     progress: TrainProgress = field(default_factory=Silent)
 
 
-def train(
-    checkpoint: Checkpoint, output: str | os.PathLike[str], options: TrainOptions, settings: TrainSettings
-) -> TrainReport:
-    """Train `checkpoint` and write the result to `output`. Raises `KeyboardInterrupt` when interrupted, state saved."""
+def train(start: Start, output: str | os.PathLike[str], options: TrainOptions, settings: TrainSettings) -> TrainReport:
+    """Train and write the result to `output`. Raises `KeyboardInterrupt` when interrupted, state saved."""
     target = Path(output)
-    inputs = [Input("base", checkpoint)]
-    if checkpoint.path is None or not checkpoint.path.is_dir():
-        raise InputError(f"{checkpoint.label} is not a folder on disk; fetch it with `surgery pull` first.")
-    check_paths(target, inputs, settings.overwrite)
+    check_paths(target, start.inputs, settings.overwrite)
     with (
         accelerated(options, settings.device, settings.trackers) as accelerator,
         quiet_transformers(),
         state.same_threads(_state_folder(target)),
     ):
-        subject = make_subject(checkpoint, options, accelerator)
+        subject = make_subject(start, options, accelerator)
         if settings.dry_run:
             return _report(subject, options, accelerator, target, dry_run=True)
         with _staged(target, accelerator) as staging:
-            return _train(subject, staging, target, options, settings, accelerator, inputs)
+            return _train(subject, start, staging, target, options, settings, accelerator)
 
 
 # The run --------------------------------------------------------------------------------------------------------------
@@ -81,19 +77,19 @@ def train(
 
 def _train(
     subject: Subject,
+    start: Start,
     staging: Staging | None,
     target: Path,
     options: TrainOptions,
     settings: TrainSettings,
     accelerator: Any,
-    inputs: list[Input],
 ) -> TrainReport:
     from accelerate.utils import broadcast_object_list, set_seed
 
     root = _state_folder(target)
     resume = [False]
     if staging is not None:
-        resume = [state.check_same(root, _identity(subject, options, accelerator), target)]
+        resume = [state.check_same(root, _identity(subject, start, options, accelerator), target)]
     (resume_all,) = broadcast_object_list(resume)
     if settings.trackers:
         values = {name: value for name, value in asdict(options).items() if isinstance(value, int | float | str)}
@@ -125,7 +121,7 @@ def _train(
         resumed=loop.resumed,
     )
     if staging is not None:
-        _finish(subject, staging, root, options, settings, inputs, report)
+        _finish(subject, start, staging, root, options, settings, report)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return report
@@ -135,13 +131,14 @@ def _state_folder(target: Path) -> Path:
     return staging_folder(target) / "state"
 
 
-def _identity(subject: Subject, options: TrainOptions, accelerator: Any) -> dict[str, object]:
+def _identity(subject: Subject, start: Start, options: TrainOptions, accelerator: Any) -> dict[str, object]:
     """What an interrupted run must have in common with the one that goes on: option by option, to name what differs."""
-    sources = {t.source.name: t.source.identity for t in subject.checkpoint.tensors.values()}
     settings: dict[str, object] = {f"--{name.replace('_', '-')}": value for name, value in asdict(options).items()}
     return settings | {
-        "CHECKPOINT": subject.checkpoint.label,
-        "the checkpoint's files": {name: identity and identity[1:] for name, identity in sources.items()},
+        "CHECKPOINT": start.checkpoint.label,
+        "the checkpoint's files": _identities(start.checkpoint),
+        "the adapter": None if start.files is None else start.files.label,
+        "the adapter's files": None if start.files is None else _identities(start.files),
         "the data": subject.examples.rows.digest,
         "the held-out data": subject.held_out.rows.digest if subject.held_out is not None else None,
         "the number of processes": accelerator.num_processes,
@@ -149,13 +146,19 @@ def _identity(subject: Subject, options: TrainOptions, accelerator: Any) -> dict
     }
 
 
+def _identities(files: Checkpoint) -> dict[str, object]:
+    """What tells a file from one that has been written since, by name."""
+    sources = {t.source.name: t.source.identity for t in files.tensors.values()}
+    return {name: identity and identity[1:] for name, identity in sources.items()}
+
+
 def _finish(
     subject: Subject,
+    start: Start,
     staging: Staging,
     root: Path,
     options: TrainOptions,
     settings: TrainSettings,
-    inputs: list[Input],
     report: TrainReport,
 ) -> None:
     """Write weights, tokenizer, log, pictures, card and provenance; then the output appears."""
@@ -168,32 +171,32 @@ def _finish(
             subject.tokenizer.save_pretrained(files)
         shutil.copyfile(root / "log.jsonl", files / "training" / "log.jsonl")
         _draw(files / "training")
-    for name in checkpoint.carried if report.kind == "checkpoint" else ():
-        if not (files / name).exists():
-            staging.carry(name, checkpoint.folder.open(name))
+    source = checkpoint if report.kind == "checkpoint" else start.files
+    if source is not None:
+        for name in source.carried:
+            if not (files / name).exists():
+                staging.carry(name, source.folder.open(name))
     readme = (files / "README.md").read_text(encoding="utf-8") if (files / "README.md").is_file() else ""
     recorded = asdict(options) | {
         "data": source_name(options.data),
         "eval_data": None if options.eval_data is None else source_name(options.eval_data),
         "learning_rate": options.rate,
     }
-    base = inputs[0].checkpoint.provenance["source"]
+    base = checkpoint.provenance["source"]
     staging.write_file("README.md", trained_card(readme, base, report, recorded).encode())
     hashes = HashBook(settings.hash)
-    made = open_checkpoint(files) if report.kind == "checkpoint" else None
-    tensors = made.tensors if made is not None else {}
+    made = open_checkpoint(files) if report.kind == "checkpoint" else adapter_files(files)
     outputs = {
         name: describe_tensor(tensor, hashes.require(tensor) if hashes.enabled else None)
-        for name, tensor in tensors.items()
+        for name, tensor in made.tensors.items()
     }
-    weights = made.weights.names if made is not None else ()
     content = document(
         "train",
         recorded,
-        [*(describe_input(item, hashes) for item in inputs), _data_input(report.data, "data")]
+        [*(describe_input(item, hashes) for item in start.inputs), _data_input(report.data, "data")]
         + ([_data_input(report.eval_data, "held out")] if report.eval_data is not None else []),
         outputs,
-        hash_files(files, weights) if hashes.enabled else {},
+        hash_files(files, made.weights.names) if hashes.enabled else {},
         report.numbers(),
         True,
     )
@@ -239,10 +242,10 @@ def _report(
     return TrainReport(
         output=str(target),
         task=subject.task.name,
-        method=options.method,
+        method=subject.prepared.method,
         kind=subject.prepared.kind,
         parameters=subject.parameters,
-        trained=sum(parameter.numel() for group in subject.prepared.groups for parameter in group.params),
+        trained=subject.prepared.trainable,
         steps=subject.steps,
         epochs=round(schedule.epoch(subject.steps), 4),
         warmup=warmup_steps(subject.steps, options),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from surgery.training import batches
 from surgery.training.dropout import add_residual_dropout
 from surgery.training.examples import Examples, hold_out, image_examples, text_examples
 from surgery.training.images import Pictures
-from surgery.training.options import TrainOptions
-from surgery.training.prepared import Prepared, prepare
+from surgery.training.methods import MethodOptions, Prepared, apply_method, continue_method
+from surgery.training.options import TrainOptions, option
 from surgery.training.reading import Rows, read_rows
+from surgery.training.starting import Start
 from surgery.training.tasks import Labels, Task, find_labels, find_task, load_model, longest
 from surgery.training.text import Encoder, load_tokenizer, transformers_package
 from surgery.training.work import schedule_of
@@ -38,8 +39,9 @@ class Subject:
     grown: bool = False
 
 
-def make_subject(checkpoint: Checkpoint, options: TrainOptions, accelerator: Any) -> Subject:
+def make_subject(start: Start, options: TrainOptions, accelerator: Any) -> Subject:
     """Read data, load the model, and refuse whatever can be refused before the first step."""
+    checkpoint = start.checkpoint
     assert checkpoint.path is not None
     folder = checkpoint.path
     config = _config(checkpoint)
@@ -63,9 +65,14 @@ def make_subject(checkpoint: Checkpoint, options: TrainOptions, accelerator: Any
     grown = tokenizer is not None and words > model.get_input_embeddings().num_embeddings
     if grown:
         model.resize_token_embeddings(words, mean_resizing=False)
-    prepared = prepare(model, options)
     if options.residual_dropout:
         add_residual_dropout(model, options.residual_dropout)
+    prepared = _prepare(model, start, options)
+    if grown and prepared.kind == "adapter":
+        raise OptionError(
+            f"The end token {options.end_token!r} is not in the vocabulary, and an adapter has no place for the "
+            "embedding of a new token; name one of the vocabulary's, or use --method full."
+        )
     if options.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     schedule = schedule_of(examples, options, accelerator.num_processes)
@@ -73,6 +80,24 @@ def make_subject(checkpoint: Checkpoint, options: TrainOptions, accelerator: Any
     parameters = sum(parameter.numel() for parameter in prepared.model.parameters())
     batch = _batches(task, tokenizer, folder, config, labels, options)
     return Subject(checkpoint, task, prepared, tokenizer, examples, held_out, batch, steps, parameters, grown)
+
+
+def _prepare(model: Any, start: Start, options: TrainOptions) -> Prepared:
+    """The method's parameters on the model, or those of the adapter that is trained on."""
+    import torch
+
+    torch.manual_seed(options.seed)  # of what the method draws
+    if start.adapter is None:
+        name = options.base_name or start.checkpoint.provenance["source"]
+        return apply_method(model, replace(options, base_name=name), options.rate)
+    fresh = MethodOptions()
+    given = [item.name for item in fields(fresh) if getattr(options, item.name) != getattr(fresh, item.name)]
+    given = [name for name in given if name not in ("seed", "base_name")]
+    if given:
+        raise OptionError(
+            f"{option(given[0])} is for a fresh adapter, and {start.adapter} is trained on as it is; leave it out."
+        )
+    return continue_method(model, start.adapter, options.learning_rate)
 
 
 def _examples(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.errors import InputError, OptionError
 from surgery.names import plain
 from surgery.training.batches import Batch
+from surgery.training.methods.prepared import Prepared
 from surgery.training.options import TrainOptions
 from surgery.training.reading import Rows
 from surgery.training.text import UNSAID, transformers_package
@@ -216,13 +217,16 @@ def _has_head(config: Any) -> bool:
     return any("Classification" in name for name in getattr(config, "architectures", None) or [])
 
 
-def model_inputs(model: Any, task: Task, batch: Batch) -> dict[str, Any]:
-    """What a model is called with: the batch without its labels, and for an encoder-decoder what its decoder reads."""
-    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels"}
+def model_inputs(prepared: Prepared, task: Task, batch: Batch) -> dict[str, Any]:
+    """What a model is called with: the batch, and for an encoder-decoder what its decoder reads.
+
+    Labels are not in it, as the loss is ours, but where the model must know from them where completions begin.
+    """
+    inputs: dict[str, Any] = {n: tensor for n, tensor in batch.items() if n != "labels" or prepared.needs_labels}
     if not task.classifies:
         inputs["use_cache"] = False
     if task.name == "seq2seq":
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        inputs["decoder_input_ids"] = prepared.model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
     return inputs
 
 

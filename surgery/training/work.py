@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from surgery.training.batches import Batch, Schedule
 from surgery.training.examples import Examples
+from surgery.training.methods.prepared import Prepared
 from surgery.training.options import TrainOptions
-from surgery.training.prepared import Prepared
 from surgery.training.tasks import Task
 
 Line = dict[str, Any]

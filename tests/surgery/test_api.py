@@ -57,7 +57,7 @@ MEASURING = {"upcycle": {"verify", "text"}}
 
 
 # What and how to train are one list of keywords, with those that say how to run.
-HOW_TO_RUN = {"recipe", "overwrite", "dry_run", "hash", "device", "trackers", "progress"}
+HOW_TO_RUN = {"base", "any_base", "recipe", "overwrite", "dry_run", "hash", "device", "trackers", "progress"}
 
 
 def test_keywords_of_train_are_its_options() -> None:

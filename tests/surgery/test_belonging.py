@@ -66,7 +66,7 @@ def test_merge_refuses_another_base(pair: Path) -> None:
         surgery.merge("sibling", "adapter", output="merged")
     assert str(error.value).startswith("adapter was made for another base than sibling: tensor 'model.layers.")
     assert str(error.value).endswith(
-        " is not the one of base that its surgery.json has on record; --any-base merges it all the same."
+        " is not the one of base that its surgery.json has on record; --any-base takes it all the same."
     )
     assert not (pair / "merged").exists()
     surgery.merge("sibling", "adapter", output="merged", any_base=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.errors import FormatError, MissingExtraError, OptionError, UnsupportedError
 from surgery.names import split_parameter
 from surgery.training.methods import anatomy, folders
-from surgery.training.methods.options import PROMPT_BESIDE_LORA, MethodOptions, parse_top
+from surgery.training.methods.options import METHODS, PROMPT_BESIDE_LORA, MethodOptions, parse_top
 from surgery.training.methods.prepared import Prepared, Save, State, own_name, parameter_groups, trained
 
 if TYPE_CHECKING:
@@ -48,19 +48,7 @@ def apply_method(model: Any, options: MethodOptions | None = None, learning_rate
     for name, parameter in model.named_parameters():
         if own_name(name) in frozen:
             parameter.requires_grad_(False)
-    parameters = trained(model)
-    if not parameters:
-        raise UnsupportedError(f"--method {options.name} with --freeze leaves nothing to train; freeze less.")
-    return Prepared(
-        model=model,
-        method=options.name,
-        kind=kind,
-        groups=parameter_groups(parameters, learning_rate or options.learning_rate, _factors(options)),
-        trainable=sum(parameter.numel() for parameter in parameters.values()),
-        adds_tokens="prompt" in options.kind or "prefix" in options.kind,
-        needs_labels=options.infix_tokens > 0,
-        _save=save,
-    )
+    return _prepared(model, options, kind, save, learning_rate)
 
 
 def load_method(model: Any, folder: str | Path, trainable: bool = False) -> Any:
@@ -74,29 +62,49 @@ def load_method(model: Any, folder: str | Path, trainable: bool = False) -> Any:
     Returns:
         A model to call: PEFT's for PEFT's methods, with an infix a `PromptedModel`, else `model` itself.
     """
+    return _load(model, Path(folder), trainable)[0]
+
+
+def continue_method(model: Any, folder: str | Path, learning_rate: float | None = None) -> Prepared:
+    """Prepare a base and an adapter of it for training the adapter on, in place. What is saved is the adapter again.
+
+    Args:
+        model: the base.
+        folder: of an adapter that `Prepared.save` wrote, or of PEFT's LoRA, prompt or prefix tuning.
+        learning_rate: at its highest; that of the adapter's method by default.
+
+    Raises:
+        UnsupportedError: an adapter of another kind.
+    """
     place = Path(folder)
-    if (place / folders.SETTINGS).is_file():
-        return _load_own(model, place, trainable)
-    if not (place / "adapter_config.json").is_file():
-        raise FormatError(f"{place} has neither adapter_config.json nor {folders.SETTINGS}; it is no adapter.")
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise MissingExtraError("peft", "train") from error
-    from surgery.training.methods.lora import known_warnings
-
-    with known_warnings():
-        loaded = PeftModel.from_pretrained(model, str(place), is_trainable=trainable)
-    inner = place / folders.PROMPT_FOLDER
-    if not inner.is_dir():
-        return loaded
-    wanted = set(trained(loaded.get_base_model()))
-    prompted = load_method(loaded.get_base_model(), inner, trainable)
-    _thaw(loaded.get_base_model(), wanted)
-    return prompted.train(model.training)
+    made, save, method = _load(model, place, trainable=True)
+    if method not in METHODS:
+        raise UnsupportedError(
+            f"{place} is an adapter of type {method!r}, which cannot be trained on here; expected LoRA, a prompt, a "
+            "prefix or a bottleneck adapter."
+        )
+    return _prepared(made, MethodOptions(method), "adapter", save, learning_rate)
 
 
-# One function a method: (model, options, names trained whole besides) to (model, save, kind) --------------------------
+def _prepared(model: Any, options: MethodOptions, kind: str, save: Save, learning_rate: float | None) -> Prepared:
+    from surgery.training.methods.prompts import PromptedModel
+
+    parameters, rate = trained(model), options.default_rate if learning_rate is None else learning_rate
+    if not parameters:
+        raise UnsupportedError(f"--method {options.name} with --freeze leaves nothing to train; freeze less.")
+    return Prepared(
+        model=model,
+        method=options.name,
+        kind=kind,
+        groups=parameter_groups(parameters, rate, _factors(options)),
+        trainable=sum(parameter.numel() for parameter in parameters.values()),
+        adds_tokens="prompt" in options.kind or "prefix" in options.kind,
+        needs_labels=isinstance(model, PromptedModel),
+        _save=save,
+    )
+
+
+# One function a method: (model, options, names trained whole besides) to (model, save, kind of what is saved) -------
 
 Made = tuple[Any, Save, str]
 
@@ -175,6 +183,12 @@ def _lora_and_virtual(model: Any, options: MethodOptions, extra: set[str]) -> Ma
     outer, save_virtual, _ = _virtual(model, replace(options, train=(), head=True), set())
     _thaw(model, wanted)
 
+    return outer, _save_both(outer, model, save_lora, save_virtual), "adapter"
+
+
+def _save_both(outer: Any, model: Any, save_lora: Save, save_virtual: Save) -> Save:
+    """LoRA's folder with the virtual tokens' inside; `outer` is around `model`, which has LoRA in it."""
+
     def save(folder: Path, dtype: torch.dtype | None, state: State | None) -> None:
         (folder / folders.PROMPT_FOLDER).mkdir(exist_ok=True)
         if state is not None:
@@ -187,7 +201,7 @@ def _lora_and_virtual(model: Any, options: MethodOptions, extra: set[str]) -> Ma
             save_lora(folder, dtype, None)
         save_virtual(folder / folders.PROMPT_FOLDER, dtype, state)
 
-    return outer, save, "adapter"
+    return save
 
 
 _PREPARE: dict[str, Callable[[Any, MethodOptions, set[str]], Made]] = {
@@ -233,16 +247,58 @@ _NOTHING = {
 }
 
 
-def _load_own(model: Any, folder: Path, trainable: bool) -> Any:
+# The way back ---------------------------------------------------------------------------------------------------------
+
+_PEFT_TYPES = {"LORA": "lora", "PROMPT_TUNING": "prompt", "PREFIX_TUNING": "prefix"}
+
+
+def _load(model: Any, place: Path, trainable: bool) -> Made:
+    """An adapter put onto its base: the model to call, what saves the adapter again, and the method or PEFT's type."""
+    if (place / folders.SETTINGS).is_file():
+        return _load_own(model, place, trainable)
+    if not (place / "adapter_config.json").is_file():
+        raise FormatError(f"{place} has neither adapter_config.json nor {folders.SETTINGS}; it is no adapter.")
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise MissingExtraError("peft", "train") from error
+    from surgery.training.methods.lora import known_warnings, public_name
+    from surgery.training.methods.prompts import load_virtual_tokens
+
+    config = PeftConfig.from_pretrained(str(place))
+    with known_warnings():
+        if trainable and config.is_prompt_learning:
+            loaded = load_virtual_tokens(model, place, config)
+        else:
+            loaded = PeftModel.from_pretrained(model, str(place), is_trainable=trainable)
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    name = public_name(config.base_model_name_or_path or "")
+
+    def save(folder: Path, _dtype: torch.dtype | None, state: State | None) -> None:
+        folders.save_peft(loaded, folder, state, name)
+
+    method, inner = _PEFT_TYPES.get(kind, kind), place / folders.PROMPT_FOLDER
+    if not inner.is_dir():
+        return loaded, save, method
+    base = loaded.get_base_model()
+    wanted = set(trained(base))
+    prompted, save_virtual, virtual = _load(base, inner, trainable)
+    _thaw(base, wanted)
+    return prompted.train(model.training), _save_both(prompted, base, save, save_virtual), f"{method}+{virtual}"
+
+
+def _load_own(model: Any, folder: Path, trainable: bool) -> Made:
     settings = folders.read_own(folder)
     method = settings["method"]
     names = {"rank": int, "prompt_tokens": int, "infix_tokens": int}
     given = {name: settings[name] for name, kind in names.items() if isinstance(settings.get(name), kind)}
     if method not in ("adapter-h", "adapter-l", "prompt"):
         raise FormatError(f"{folder / folders.SETTINGS} is of the method {method!r}, which has no folder of its own.")
-    loaded = apply_method(model, MethodOptions(method, **given)).model
-    folders.put_own(loaded, folder)
-    return loaded if trainable else loaded.requires_grad_(False)
+    prepared = apply_method(model, MethodOptions(method, **given, base_name=settings.get("base_model_name_or_path")))
+    folders.put_own(prepared.model, folder)
+    if not trainable:
+        prepared.model.requires_grad_(False)
+    return prepared.model, prepared.save, method
 
 
 def _factors(options: MethodOptions) -> list[tuple[str, float]]:

@@ -62,6 +62,9 @@ def save_peft(
     if edit is not None:
         tensors = edit(tensors, config)
     save_file(_plain(tensors), folder / PEFT_TENSORS, {"format": "pt"})
+    for name, value in vars(config).items():
+        if isinstance(value, set):  # whose order is another in each process
+            setattr(config, name, sorted(value))
     config.save_pretrained(folder)
 
 

@@ -76,7 +76,11 @@ def base_name(model: Any, options: MethodOptions) -> str:
     """What the adapter calls its base: never a path of this machine."""
     if options.base_name is not None:
         return options.base_name
-    name = getattr(model, "name_or_path", "") or ""
+    return public_name(getattr(model, "name_or_path", "") or "")
+
+
+def public_name(name: str) -> str:
+    """A name, or of a path on this machine its last part."""
     return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
 

@@ -138,7 +138,7 @@ class MethodOptions:
         return 8 if self.prompt_tokens is None else self.prompt_tokens
 
     @property
-    def learning_rate(self) -> float:
+    def default_rate(self) -> float:
         """The learning rate to start from where none is given."""
         return FULL_LEARNING_RATE * METHODS[self.kind]
 

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 State = Mapping[str, "torch.Tensor"]
 Save = Callable[[Path, "torch.dtype | None", "State | None"], None]
 
-# Soft prompts are not weights: decaying them pulls towards a token that does not exist.
-_UNDECAYED = re.compile(r"prompt|prefix|embed|\bwte\b|\bwpe\b|\bshared\b", re.IGNORECASE)
+# Soft prompts are not weights: decaying them pulls towards a token that does not exist. Embeddings decay, as they do
+# under transformers' Trainer.
+_VIRTUAL = re.compile(r"(^|\.)(prompt|infix)$|\bprompt_encoder\b")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Group:
         params: trained.
         lr: at its highest.
         names: of `params`, in order.
-        decays: whether weight decay is for them: not for vectors (biases, norms), embeddings and soft prompts.
+        decays: whether weight decay is for them: not for vectors (biases, norms) and soft prompts.
     """
 
     params: Sequence[torch.nn.Parameter] = field(repr=False)
@@ -102,7 +103,7 @@ def parameter_groups(
     found: dict[tuple[float, bool], list[str]] = {}
     for name, parameter in parameters.items():
         factor = next((factor for pattern, factor in factors if re.search(pattern, own_name(name))), 1.0)
-        decays = parameter.ndim >= 2 and not _UNDECAYED.search(name)
+        decays = parameter.ndim >= 2 and not _VIRTUAL.search(name)
         found.setdefault((factor, decays), []).append(name)
     return [
         Group([parameters[name] for name in names], rate * factor, tuple(names), decays)

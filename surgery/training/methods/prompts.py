@@ -8,6 +8,8 @@ d: hidden size     p, i: tokens of prefix and infix     n: tokens of a row     B
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,11 +46,26 @@ def add_virtual_tokens(model: Any, options: MethodOptions) -> Any:
             "the attention mask has, and its loss fails; use --method prompt or lora, or switch that setting off."
         )
     kinds = PrefixTuningConfig if per_layer else PromptTuningConfig
-    config = kinds(task_type=task, num_virtual_tokens=options.tokens, num_transformer_submodules=1)
+    # With an encoder, PEFT's prompts stand before its input. Its prefixes are for the decoder, one for each of its two
+    # attentions: a single one would stand in for what the second reads of the encoder.
+    both = per_layer and task == "SEQ_2_SEQ_LM"
+    config = kinds(task_type=task, num_virtual_tokens=options.tokens, num_transformer_submodules=2 if both else 1)
     with known_warnings():
         wrapped: Any = get_peft_model(model, config)
     if not per_layer:
         _begin_with_tokens(wrapped.prompt_encoder[wrapped.active_adapter].embedding.weight, model, options.seed)
+    return wrapped
+
+
+def load_virtual_tokens(model: Any, folder: Path, config: Any) -> Any:
+    """PEFT's prompt or prefix from its folder, to be trained on, which `PeftModel.from_pretrained` does not offer."""
+    from peft import get_peft_model, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    config = copy.copy(config)
+    config.inference_mode = False
+    wrapped = get_peft_model(model, config)
+    set_peft_model_state_dict(wrapped, load_peft_weights(str(folder), device="cpu"))
     return wrapped
 
 

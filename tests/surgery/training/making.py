@@ -12,7 +12,7 @@ import tiny_models
 import torch
 import transformers
 
-from surgery.checkpoint import open_checkpoint
+from surgery.api.training import find_start
 from surgery.training.options import TrainOptions
 from surgery.training.report import TrainReport
 from surgery.training.run import TrainSettings, train
@@ -86,10 +86,11 @@ class Stops(Silent):
             signal.raise_signal(signal.SIGINT)
 
 
-def run(folder: Path, data: Path, output: Path, progress: Any = None, **options: Any) -> TrainReport:
-    """Train on the CPU."""
+def run(folder: Path, data: Path, output: Path, progress: Any = None, base: Any = None, **options: Any) -> TrainReport:
+    """Train on the CPU, everything unless a method is named."""
     settings = TrainSettings(device="cpu", progress=progress or Silent())
-    return train(open_checkpoint(folder), output, TrainOptions(data=str(data), **options), settings)
+    given = {"method": "full", **options} if base is None else options
+    return train(find_start(folder, base, False), output, TrainOptions(data=str(data), **given), settings)
 
 
 def log(output: Path) -> list[dict[str, Any]]:

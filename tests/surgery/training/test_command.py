@@ -31,7 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(base: Path, data: Path, output: Path, *others: str) -> list[str]:
-    return ["train", str(base), "--data", str(data), "-o", str(output), "--device", "cpu", *others]
+    return ["train", str(base), "--data", str(data), "-o", str(output), "--method", "full", "--device", "cpu", *others]
 
 
 def test_what_it_prints_and_writes(base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -283,7 +283,7 @@ def test_short_ends_mean_the_chosen_and_no_others(names: list[str], data: st.Dat
 
 
 def test_learning_rates_and_weight_decay_by_group() -> None:
-    """LoRA+ raises that of B; vectors, embeddings and soft prompts do not decay; the user's patterns come first."""
+    """LoRA+ raises that of B; vectors and soft prompts do not decay; the user's patterns come first."""
     plus = apply_method(models.make("llama"), MethodOptions(rank=R, lora_plus=16), 1.0)
     rates = {(name.split(".")[-3], group.lr) for group in plus.groups for name in group.names}
     assert rates == {("lora_A", 1.0), ("lora_B", 16.0)}
@@ -291,7 +291,7 @@ def test_learning_rates_and_weight_decay_by_group() -> None:
     for group in full.groups:
         for name in group.names:
             assert group.lr == (0.1 if ".h.1." in name else 1.0)
-            vector = name.endswith("bias") or "ln_" in name or "wte" in name or "wpe" in name
+            vector = name.endswith("bias") or "ln_" in name
             assert group.decays != vector
     prompt = apply_method(models.make("llama"), MethodOptions("lora+prompt", rank=R))
     (virtual,) = [group for group in prompt.groups if "prompt" in group.names[0]]
@@ -333,10 +333,10 @@ def test_what_the_model_holds_frozen_stays_frozen() -> None:
 
 def test_default_learning_rates() -> None:
     """LoRA's is ten times full tuning's."""
-    assert MethodOptions("lora").learning_rate == pytest.approx(10 * MethodOptions("full").learning_rate)
+    assert MethodOptions("lora").default_rate == pytest.approx(10 * MethodOptions("full").default_rate)
     for method in METHODS:
         chosen: tuple[tuple[str, float], ...] = (("x", 1.0),) if method == "selected" else ()
-        assert MethodOptions("top:2" if method == "top" else method, train=chosen).learning_rate > 0
+        assert MethodOptions("top:2" if method == "top" else method, train=chosen).default_rate > 0
 
 
 # Bottlenecks and virtual tokens ---------------------------------------------------------------------------------------

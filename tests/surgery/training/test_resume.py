@@ -115,7 +115,7 @@ def test_a_mixture_goes_on_bit_for_bit(data: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_process_goes_on(base: Path, data: Path, tmp_path: Path) -> None:
     """From the last state that was saved, to the same end; with the threads it had, which are others here."""
-    how = {"steps": 60, "batch_size": 4, "learning_rate": 1e-3, "save_every": 3}
+    how = {"method": "full", "steps": 60, "batch_size": 4, "learning_rate": 1e-3, "save_every": 3}
     options = [word for name, value in how.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command: list[str | Path] = ["train", base, "--data", data, *options, "--device", "cpu", "-o", tmp_path / "out"]
     two_threads = {"OMP_NUM_THREADS": "2"}
