@@ -13,7 +13,8 @@ from surgery.errors import InputError, OutputError
 from surgery.folder import LocalFolder
 from surgery.hub.interfaces import FileEntry
 from surgery.hub.naming import MAIN, RepositoryName
-from surgery.hub.push import CARD, DataChecks, PushedFile, PushOptions, PushReport, default_message, describe, pack
+from surgery.hub.parcel import CARD, DataChecks, describe, pack
+from surgery.hub.push import PushedFile, PushOptions, PushReport, default_message
 from surgery.hub.remote import first_line, network_errors, patiently
 from surgery.source import BytesSource
 
