@@ -26,7 +26,7 @@ from surgery.execute import StepIO
 from surgery.layout import DEFAULT_SHARD_BYTES, TensorSpec, split
 from surgery.names import plain
 from surgery.operation import RunOptions, carried_files, config_bytes, summarise
-from surgery.plan import CopyStep, Plan, Step, StepResult
+from surgery.plan import CopyStep, OutputStep, Plan, Step, StepResult
 from surgery.upcycling.averages import rounded_once
 from surgery.upcycling.experts import ExpertsStep, Noisy, Recipe, Same, StackStep
 from surgery.upcycling.mixture import Config, Target
@@ -242,29 +242,20 @@ def _recipe(work: Enlarging, tensor: StoredTensor) -> Recipe:
 
 
 @dataclass(frozen=True)
-class RepeatStep(Step):
+class RepeatStep(OutputStep):
     """Each of the `count` equal pieces of a tensor `times` times, one after the other, divided by `divisor`.
 
     Without a division bytes move, and no torch is needed.
     """
 
-    output: TensorSpec
     source: StoredTensor
     count: int
     times: int
     divisor: int = 1
 
     @property
-    def name(self) -> str:
-        return self.output.name
-
-    @property
     def reads(self) -> tuple[StoredTensor, ...]:
         return (self.source,)
-
-    @property
-    def writes(self) -> tuple[TensorSpec, ...]:
-        return (self.output,)
 
     @property
     def computes(self) -> bool:
