@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.errors import InputError, IntegrityError, NonFiniteError, several
+from surgery.execute import Progress
 from surgery.folder import WEIGHT_SUFFIXES, LocalFolder
 from surgery.header import read_header
 from surgery.hub.cards import card
@@ -145,9 +146,9 @@ class DataChecks:
 
         hashes: dict[str, str] = {}
         bad: list[str] = []
-        for scan_ in self._scans.values():
-            hashes |= scan_.hashes
-            bad += scan_.nonfinite
+        for passed in self._scans.values():
+            hashes |= passed.hashes
+            bad += passed.nonfinite
         label, found = self._parcel.label, self._parcel.found
         if bad and not self._allow_nonfinite:
             problems = [f"{label}: tensor {name!r} holds NaN or infinity." for name in bad]
@@ -164,6 +165,22 @@ class DataChecks:
             ]
             raise IntegrityError(several(f"{label}, which is not what its surgery.json says", problems), problems)
         return {**found.facts, "weights": weights_id(hashes)} if hashes else found.facts
+
+
+def scan(
+    parcel: Parcel, allow_nonfinite: bool, progress: Progress
+) -> tuple[dict[str, FileEntry], Mapping[str, object]]:
+    """Read and check every file, and write nothing. Returns the entries by path, and the facts."""
+    checks = DataChecks(parcel, allow_nonfinite)
+    progress.start(parcel.nbytes, "checking")
+    try:
+        entries = {
+            path: describe(path, source, checks.of(path, source), progress.advance)
+            for path, source in parcel.sources.items()
+        }
+    finally:
+        progress.stop()
+    return entries, checks.facts()
 
 
 def describe(path: str, source: Source, sinks: Sequence[Sink], advance: Callable[[int], None]) -> FileEntry:

@@ -20,7 +20,7 @@ from surgery.hub.content import LocalContent, LocalIncoming
 from surgery.hub.endpoint import Endpoint
 from surgery.hub.interfaces import Commit, ConflictError, ContentMissingError, FileEntry
 from surgery.hub.naming import MAIN, check_branch, parse_target
-from surgery.hub.parcel import CARD, MAX_CARD, DataChecks, Parcel, describe, pack
+from surgery.hub.parcel import CARD, MAX_CARD, DataChecks, Parcel, describe, pack, scan
 from surgery.hub.store import Registry, Revision, open_registry, registry_path
 from surgery.hub.transfer import Sink
 from surgery.source import Source
@@ -116,7 +116,7 @@ def push(
         shown = str(known.name if known else name)
         parcel = pack(place, shown, _card_of(store, head))
         if options.dry_run:
-            return _report(parcel, shown, branch, head, scan(parcel, options), options)
+            return _report(parcel, shown, branch, head, {}, options)
         return _push_local(store, parcel, shown, branch, options)
 
 
@@ -255,21 +255,6 @@ def _bring(
     return describe(path, source, sinks, options.progress.advance), incoming
 
 
-def scan(parcel: Parcel, options: PushOptions) -> dict[str, FileEntry]:
-    """Read and check every file, and write nothing."""
-    checks = DataChecks(parcel, options.allow_nonfinite)
-    options.progress.start(parcel.nbytes, "checking")
-    try:
-        entries = {
-            path: describe(path, source, checks.of(path, source), options.progress.advance)
-            for path, source in parcel.sources.items()
-        }
-    finally:
-        options.progress.stop()
-    checks.facts()
-    return entries
-
-
 def _report(
     parcel: Parcel,
     name: str,
@@ -282,7 +267,7 @@ def _report(
     created: bool = False,
     stored: int = 0,
 ) -> PushReport:
-    entries = entries or scan(parcel, options)
+    entries = entries or scan(parcel, options.allow_nonfinite, options.progress)[0]
     files = changes(entries.values(), before.files if before else ())
     return PushReport(
         name=name,

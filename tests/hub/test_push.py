@@ -37,19 +37,6 @@ from tests.tools import (
     unequal,
 )
 
-
-@pytest.fixture
-def base(here: Path) -> Path:
-    square_checkpoint(here / "base", 2, 16)
-    return Path("base")
-
-
-@pytest.fixture
-def style(here: Path) -> Path:
-    adapter(here / "style")
-    return Path("style")
-
-
 # There and back -------------------------------------------------------------------------------------------------------
 
 
