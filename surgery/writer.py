@@ -48,7 +48,7 @@ class PartSource(FileSource):
     """A file of intermediate tensors: its hashes are of no use to a later run, so it goes by no identity."""
 
     @property
-    def identity(self) -> None:  # type: ignore[override]
+    def identity(self) -> None:
         return None
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from surgery.checkpoint import Checkpoint, StoredTensor
 from surgery.errors import SurgeryError
@@ -111,7 +112,7 @@ def _others(work: Upcycling) -> Iterator[tuple[str, Upcycling]]:
     tried = {_identity(work)}
     for changes in _changes(work):
         try:
-            other = rearranged(work, replace(options, **changes))  # type: ignore[arg-type]
+            other = rearranged(work, replace(options, **changes))
         except SurgeryError:
             continue
         if _identity(other) not in tried:
@@ -130,23 +131,23 @@ def rearranged(work: Upcycling, options: UpcycleOptions) -> Upcycling:
     return replace(work, mixtures=chosen, target=target, options=options)
 
 
-def _changes(work: Upcycling) -> Iterator[dict[str, object]]:
+def _changes(work: Upcycling) -> Iterator[dict[str, Any]]:
     """One change after another, then two at once, then all that a plain mixture has not."""
     options = work.options
     (first, *_) = work.mixtures.values()
     last = dict.fromkeys((len(first.layers), max(1, first.depth // 2)))
-    layers: list[dict[str, object]] = [{"layers": text} for text in ("all", *(f"last:{count}" for count in last))]
-    plain: dict[str, object] = {}
+    layers: list[dict[str, Any]] = [{"layers": text} for text in ("all", *(f"last:{count}" for count in last))]
+    plain: dict[str, Any] = {}
     if EXPERT_CHOICE in options.routers.values():
         plain |= {"router": "top-k", "capacity": None}
     if options.kind == LORA:
         plain |= {"kind": COPY, "rank": None, "alpha": None}
     if options.combine == "raw":
         plain["combine"] = "normalized"
-    targets: list[dict[str, object]] = [
+    targets: list[dict[str, Any]] = [
         {"target": target.name} for target in targets_of(work.checkpoint.model_type) if target.automatic
     ]
-    automatic: list[dict[str, object]] = [] if options.target == "auto" else [{"target": "auto"}]
+    automatic: list[dict[str, Any]] = [] if options.target == "auto" else [{"target": "auto"}]
     if len(work.mixtures) == 1 and not any("=" in text for text in (options.layers, options.router)):
         yield from ([plain] if plain else [])
         for base in (plain, {}) if plain else ({},):
