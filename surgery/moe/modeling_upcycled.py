@@ -7,7 +7,7 @@ replaced: `UpcycledGPT2LMHeadModel` is `transformers.GPT2LMHeadModel`, and so on
 `FAMILIES`. They are made when asked for; see `__getattr__` at the end.
 
 This file needs only torch and transformers (5.10 or later). It travels with the checkpoint, and `auto_map` in
-config.json names it.
+config.json names it. So it is one file, long as it is: whoever gets a checkpoint has this and nothing else of ours.
 
 What config.json says besides the dense model's settings:
 
