@@ -88,7 +88,7 @@ class PreservationReport:
         largest: the largest difference of two logits.
         relative: || difference || / || dense logits ||.
         agreement: the share of positions whose largest logit is the same.
-        bound: what `relative` may be where the theorem holds that nothing changes, else None.
+        bound: what `relative` may be where nothing but rounding is changed, else None.
         dense_loss, loss: mean negative log-likelihood a token on a text, in nats; None without a text.
         loads: of each sparse layer.
     """
@@ -125,7 +125,7 @@ class UpcycleReport(Report):
         dense_parameters: of the dense model.
         nbytes: of the weight files.
         dense_bytes: of the dense model's.
-        preserved: whether it is a theorem that the mixture is the dense function, to rounding.
+        preserved: whether the mixture is the dense function by construction, to rounding.
         consumers: who loads it.
         choices: what was asked for, beside the paper's choice of layers and all of them; empty where that is the same,
             or the model has two stacks.
