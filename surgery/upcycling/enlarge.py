@@ -327,6 +327,7 @@ def _stack_report(work: Enlarging, stack: str) -> StackReport:
     own = stacks.get(stack) if isinstance(stacks, dict) else None
     routing: Config = own if isinstance(own, dict) else {}
     capacity = routing.get("capacity_factor")
+    scale = config.get("routed_scaling_factor") if work.target.name in _SIGMOID else None
     normalized = routing.get("normalize", not work.target.raw or config.get("norm_topk_prob"))
     return StackReport(
         stack=stack,
@@ -337,4 +338,5 @@ def _stack_report(work: Enlarging, stack: str) -> StackReport:
         capacity=capacity if isinstance(capacity, int | float) else None,
         normalized=bool(normalized),
         group=str(routing.get("group", "sequence")) if capacity is not None else None,
+        scale=float(scale) if isinstance(scale, int | float) else 1.0,
     )

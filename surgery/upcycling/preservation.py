@@ -10,8 +10,8 @@ sqrt(L n) u in all. The layers that follow, the norms above all, can amplify it;
     || mixture - dense || / || dense ||  <=  16 sqrt(L n) 2^-24,
 
 which is 1e-5 for a tiny model and 6e-4 for one of 8 billion parameters. Scales do not matter, as both sides are norms.
-Some models amplify more. Where the difference is above that, the dense model is run in float64, too, and the bound is 16
-times its own distance from it if that is larger: what float32 does to the dense model it may do to the mixture.
+Some models amplify more. Where the difference is above that, the dense model is run in float64, too, and the bound is
+16 times its own distance from it if that is larger: what float32 does to the dense model it may do to the mixture.
 What the bound is there to find is far above it: combine weights that do not sum to one change the logits by 0.1 to 1,
 one wrong expert by 1e-2 or more, a rounding to bfloat16 on the way by 4e-3.
 

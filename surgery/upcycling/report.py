@@ -18,7 +18,9 @@ class StackReport:
         experts: routed experts to a layer.
         top_k: experts to a token, or None under expert choice.
         capacity: under expert choice: experts to a token on average, else None.
-        normalized: whether a token's weights sum to one.
+        normalized: whether a token's weights sum to one, before `scale`.
+        scale: what its experts' outputs are multiplied by beside the weights; 1 unless a mixture that was enlarged has
+            another (routed_scaling_factor).
         group: under expert choice: the tokens that compete.
         rank, alpha: of routed LoRA experts: each is (alpha / rank) B A on top of the one MLP; None for copies.
     """
@@ -33,6 +35,7 @@ class StackReport:
     group: str | None
     rank: int | None = None
     alpha: float | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
