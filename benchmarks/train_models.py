@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from tiny_models import Training, encode, make_model, make_tokenizer, python_manual, python_source, train  # noqa: E402
+from tiny_models import Training, encode, make_model, make_tokenizer, python_manual, python_source, train  # noqa: E402 - found since the line above
 
 VOCABULARY = 2048
 # Learning rates from one that hardly moves bfloat16 weights, as fine-tunes of large models use, to one that rewrites

@@ -7,7 +7,18 @@ from typing import Any
 import click
 
 import surgery
-from surgery.cli.options import LEAST_SHARD, SHARDS, Count, Rank, Size, device, listing, restoring, writing
+from surgery.cli.options import (
+    LEAST_SHARD,
+    SHARDS,
+    Count,
+    Rank,
+    Size,
+    device,
+    factor_dtype,
+    listing,
+    restoring,
+    writing,
+)
 from surgery.cli.progress import make_progress
 
 
@@ -40,13 +51,7 @@ Examples:
     show_default=True,
     help="Randomised SVD with a certificate, or the full SVD.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16"]),
-    default="float32",
-    show_default=True,
-    help="How the factors are stored; bfloat16 halves the size.",
-)
+@factor_dtype
 @click.option(
     "--exact",
     is_flag=True,

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 import surgery
-from surgery.cli.options import device, listing, writing
+from surgery.cli.options import device, factor_dtype, listing, writing
 from surgery.cli.progress import make_progress
 
 _METHODS = ("sum", "cat", "ties", "dare-ties", "dare-linear", "magnitude-prune", "tsv", "iso", "linear")
@@ -45,13 +45,7 @@ Examples:
     help="Share of the entries that ties, dare and magnitude-prune keep.",
 )
 @click.option("--as-peft", is_flag=True, help="Do it to A and B separately, as PEFT's add_weighted_adapter.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16"]),
-    default="float32",
-    show_default=True,
-    help="How the factors are stored; bfloat16 halves the size.",
-)
+@factor_dtype
 @click.option("--drop-saved", is_flag=True, help="Leave out what adapters store whole (modules_to_save).")
 @click.option("--any-base", is_flag=True, help="Combine adapters that name different bases.")
 @click.option("--base-name", metavar="NAME", help="What the result calls its base.  [default: as the first]")
@@ -82,13 +76,7 @@ Examples:
 @click.option(
     "--energy", type=click.FloatRange(0, 1, min_open=True), help="Keep this share of each module's dW instead."
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16"]),
-    default="float32",
-    show_default=True,
-    help="How the factors are stored; bfloat16 halves the size.",
-)
+@factor_dtype
 @click.option("--drop-saved", is_flag=True, help="Leave out what the adapter stores whole (modules_to_save).")
 @click.option("--base-name", metavar="NAME", help="What the result calls its base.  [default: as ADAPTER]")
 @listing("module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -43,17 +43,7 @@ Examples:
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @_writing_to
 @reporting
-def push(
-    folder: str,
-    name: str,
-    message: str | None,
-    private: bool,
-    allow_nonfinite: bool,
-    dry_run: bool,
-    endpoint: str | None,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def push(folder: str, name: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Check a model or an adapter and commit it to a registry.
 
     Refuses what would not load: damaged headers, NaN, a config that contradicts the tensors, ranks that do not fit, an
@@ -63,16 +53,7 @@ def push(
     from surgery.cli import render_hub
     from surgery.cli.tables import show
 
-    report = surgery.push(
-        folder,
-        name,
-        message=message,
-        private=private,
-        allow_nonfinite=allow_nonfinite,
-        dry_run=dry_run,
-        endpoint=endpoint,
-        progress=make_progress(quiet),
-    )
+    report = surgery.push(folder, name, progress=make_progress(quiet), **options)
     show(report, lambda console: render_hub.pushed(console, report), as_json, quiet)
 
 
@@ -90,16 +71,7 @@ Examples:
 @click.option("--dry-run", is_flag=True, help="Say what would be fetched, write nothing.")
 @_reading_from
 @reporting
-def pull(
-    name: str,
-    output: str,
-    overwrite: bool,
-    check_base: str | None,
-    dry_run: bool,
-    endpoint: str | None,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def pull(name: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Fetch a model or an adapter from a registry into a folder.
 
     Every file is proved by its hash. The folder appears whole or not at all, and a pull that was killed goes on where
@@ -109,15 +81,7 @@ def pull(
     from surgery.cli import render_hub
     from surgery.cli.tables import show
 
-    report = surgery.pull(
-        name,
-        output=output,
-        overwrite=overwrite,
-        check_base=check_base,
-        dry_run=dry_run,
-        endpoint=endpoint,
-        progress=make_progress(quiet),
-    )
+    report = surgery.pull(name, progress=make_progress(quiet), **options)
     show(report, lambda console: render_hub.pulled(console, report), as_json, quiet)
 
 

@@ -155,6 +155,18 @@ def device(default: str) -> Callable[[Command], Command]:
     )
 
 
+def factor_dtype(command: Command) -> Command:
+    """`--dtype` of commands that write factors."""
+    option = click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16"]),
+        default="float32",
+        show_default=True,
+        help="How the factors are stored; bfloat16 halves the size.",
+    )
+    return option(command)
+
+
 def _apply(command: Command, options: Sequence[Decorator]) -> Command:
     """Apply decorators so that `--help` lists their options in this order."""
     for option in reversed(options):

@@ -82,15 +82,15 @@ class Lines:
         self._begun = self._last = time.monotonic()
 
     def advance(self, count: int) -> None:
-        with self._mutex:
+        with self._mutex:  # also while a line is written: another thread's, which is further, is to come after it
             self._done = min(self._done + count, self._total)
             now = time.monotonic()
             if now - self._last < _SECONDS_BETWEEN_LINES or not self._total:
                 return
             self._last = now
-        rate = self._done / (now - self._begun)
-        left = (self._total - self._done) / rate if rate else 0.0
-        share = self._done / self._total
-        click.echo(f"{self._label}: {share:.0%} of {size(self._total)}, {left:.0f} s left", err=True)
+            rate = self._done / (now - self._begun)
+            left = (self._total - self._done) / rate if rate else 0.0
+            share = self._done / self._total
+            click.echo(f"{self._label}: {share:.0%} of {size(self._total)}, {left:.0f} s left", err=True)
 
     def stop(self) -> None: ...

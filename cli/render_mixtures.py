@@ -84,7 +84,8 @@ def _stack(stack: StackReport) -> str:
         if stack.top_k is not None
         else f"expert choice, capacity {stack.capacity:g}, per {stack.group}"
     )
-    weights = "weights sum to 1" if stack.normalized else "raw weights"
+    raw = "raw weights" if stack.scale == 1 else f"raw weights times {stack.scale:g}"
+    weights = f"weights sum to {stack.scale:g}" if stack.normalized else raw
     rank = "" if stack.rank is None else f" of rank {stack.rank} (alpha {stack.alpha:g})"
     return f"{layers}, {stack.experts} experts{rank} each, {routing}, {weights}"
 

@@ -91,7 +91,7 @@ def main() -> None:
     arguments = parser.parse_args()
     scale = QUICK if arguments.quick else FULL
 
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers annotates little
     torch.set_num_threads(min(torch.get_num_threads(), 4))
     folder = Path(arguments.folder)
     folder.mkdir(exist_ok=True)

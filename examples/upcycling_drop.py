@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(".demo/upcycling"), help="where to work")
     given = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers annotates little
     shutil.rmtree(given.folder, ignore_errors=True)
     given.folder.mkdir(parents=True)
     points: list[Point] = []

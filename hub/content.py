@@ -11,7 +11,6 @@ is copied in, never linked to the file it came from: that one may be written to 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
@@ -20,9 +19,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from surgery.errors import OutputError
 from surgery.hub.interfaces import Incoming
 from surgery.hub.transfer import reserve, write_all
+from surgery.writer import one_sentence, sync
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Linux's ioctl that makes one file share the blocks of another, on btrfs, XFS and their like.
@@ -138,11 +137,11 @@ class LocalIncoming:
             os.fchmod(self._descriptor, 0o444)
             if not target.parent.is_dir():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                sync_folder(target.parent.parent)
-                sync_folder(target.parent.parent.parent)
+                sync(target.parent.parent)
+                sync(target.parent.parent.parent)
             # Equal names have equal bytes: whoever comes second replaces a file by its like.
             os.rename(self._path, target)
-            sync_folder(target.parent)
+            sync(target.parent)
         self.close()
 
     def close(self) -> None:
@@ -153,28 +152,12 @@ class LocalIncoming:
             self._descriptor = -1
 
 
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def disk(root: Path) -> Iterator[None]:
+def disk(root: Path) -> AbstractContextManager[None]:
     """Turn what the operating system says about the registry into one sentence."""
-    try:
-        yield
-    except OutputError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = f"The disk is full: nothing was added to the registry at {root}; free some space and try again."
-        else:
-            message = f"The registry at {root} cannot be written: {error.strerror or error}."
-        raise OutputError(message) from error
+    return one_sentence(
+        f"The registry at {root}",
+        f"The disk is full: nothing was added to the registry at {root}; free some space and try again.",
+    )
 
 
 _: type[Incoming] = LocalIncoming

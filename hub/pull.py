@@ -27,7 +27,7 @@ from surgery.hub.store import existing_registry
 from surgery.hub.transfer import git_blob, pump, reserve, write_all
 from surgery.provenance import read_provenance
 from surgery.source import FileSource, Source
-from surgery.writer import Staging, check_target, disk_errors, open_staging
+from surgery.writer import Staging, check_target, disk_errors, open_staging, sync
 
 if TYPE_CHECKING:
     from surgery.adapter import Adapter
@@ -212,18 +212,10 @@ def _fetch_all(remote: Remote, staging: Staging, progress: Progress, nbytes: int
                     target.parent.mkdir(parents=True, exist_ok=True)
                     _fetch(remote, entry, target, progress)
                 staging.record(entry.path, {})
-                pool.submit(_sync, target)
+                pool.submit(sync, target)
     finally:
         progress.stop()
     return resumed
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _fetch(remote: Remote, entry: FileEntry, target: Path, progress: Progress) -> None:

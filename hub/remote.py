@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -90,7 +90,7 @@ class RangeSource(NotAFile):
         while view:
             number, within = divmod(offset, BLOCK_BYTES)
             begin, end = number * BLOCK_BYTES, min((number + 1) * BLOCK_BYTES, self._size)
-            block = self._cache.get((self._url, number), lambda begin=begin, end=end: self._fetch(begin, end))  # type: ignore[misc]
+            block = self._cache.get((self._url, number), partial(self._fetch, begin, end))
             count = min(len(view), len(block) - within)
             view[:count] = block[within : within + count]
             view, offset = view[count:], offset + count
@@ -103,8 +103,8 @@ class RangeSource(NotAFile):
         return self._head[:count]
 
     def _fetch(self, begin: int, end: int) -> bytes:
-        # All three are documented as public; the package only lacks the marks that type checkers look for.
-        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        # All three are documented as public.
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # not marked as exported for type checkers
             build_hf_headers,
             hf_raise_for_status,
             http_backoff,

@@ -13,7 +13,8 @@ from surgery.errors import InputError, OutputError
 from surgery.folder import LocalFolder
 from surgery.hub.interfaces import FileEntry
 from surgery.hub.naming import MAIN, RepositoryName
-from surgery.hub.push import CARD, DataChecks, PushedFile, PushOptions, PushReport, default_message, describe, pack
+from surgery.hub.parcel import CARD, pack, scan
+from surgery.hub.push import PushedFile, PushOptions, PushReport, default_message
 from surgery.hub.remote import first_line, network_errors, patiently
 from surgery.source import BytesSource
 
@@ -32,16 +33,7 @@ def push_remote(
         full = str(name) if name.namespace else f"{_user(api, endpoint)}/{name}"
         head, before, created = _head(api, full, branch)
         parcel = pack(folder, full, _card(api, full, head, before))
-        checks = DataChecks(parcel, options.allow_nonfinite)
-        options.progress.start(parcel.nbytes, "checking")
-        try:
-            entries = {
-                path: describe(path, source, checks.of(path, source), options.progress.advance)
-                for path, source in parcel.sources.items()
-            }
-        finally:
-            options.progress.stop()
-        facts = checks.facts()
+        entries, facts = scan(parcel, options.allow_nonfinite, options.progress)
         files = _changes(entries, before)
         unchanged = head is not None and all(file.state == "same" for file in files)
         commit = head

@@ -26,10 +26,11 @@ from pathlib import Path
 from surgery.errors import FormatError, InputError, OutputError
 from surgery.folder import LocalFolder
 from surgery.hashing import cache_folder
-from surgery.hub.content import LocalContent, disk, sync_folder
+from surgery.hub.content import LocalContent, disk
 from surgery.hub.interfaces import BRANCHES, TAGS, Commit, ConflictError, Content, FileEntry, Metadata, Repository
 from surgery.hub.metadata import SqliteMetadata, encode_tree
 from surgery.hub.naming import MAIN, RepositoryName, check_branch
+from surgery.writer import sync
 
 FORMAT = 1
 # A commit may be called by the first digits of its id, but not by fewer than these.
@@ -283,7 +284,7 @@ def _write_format(root: Path) -> None:
     making = root / f".registry-{secrets.token_hex(4)}"
     making.write_text(json.dumps({"format": FORMAT}) + "\n")
     os.replace(making, root / "registry.json")
-    sync_folder(root)
+    sync(root)
 
 
 def _check_format(root: Path) -> None:

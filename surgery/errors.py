@@ -30,7 +30,7 @@ class SurgeryError(Exception):
         self.message = message
         self.problems = tuple(problems)
 
-    def __reduce__(self) -> tuple[type[SurgeryError], tuple[str, tuple[str, ...]]]:
+    def __reduce__(self) -> tuple[type[SurgeryError], tuple[object, ...]]:
         return type(self), (self.message, self.problems)
 
     def __str__(self) -> str:
@@ -83,7 +83,7 @@ class MissingExtraError(SurgeryError, ImportError):
         self.package = package
         self.extra = extra
 
-    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
         return MissingExtraError, (self.package, self.extra)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from surgery.checkpoint import Checkpoint, open_checkpoint
 from surgery.execute import Execution, Settings, execute
@@ -16,6 +17,9 @@ from surgery.plan import Plan
 from surgery.provenance import FILE_NAME, Input, describe_input, describe_outputs, document, hash_files
 from surgery.source import Source
 from surgery.writer import Staging, check_target, free_bytes, open_staging
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,13 @@ class Run:
         """Rename the output to its target without a `surgery.json`: it is to hold nothing of ours."""
         self.staging.commit(self.options.overwrite)
 
-    def finish(self, operation: str, options: object, inputs: Sequence[Input], report: Mapping[str, object]) -> None:
+    def finish(
+        self,
+        operation: str,
+        options: DataclassInstance | Mapping[str, object],
+        inputs: Sequence[Input],
+        report: Mapping[str, object],
+    ) -> None:
         """Write `surgery.json` and rename the output to its target."""
         weights = [file.name for layout in self._layouts for file in layout.files]
         files = hash_files(self.staging.files, weights) if self.hashes.enabled else {}

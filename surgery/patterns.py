@@ -40,7 +40,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     if len(pattern) > _MAX_LENGTH:
         raise FormatError(f"A pattern of {len(pattern)} characters is longer than the {_MAX_LENGTH} allowed.")
     try:
-        tree = re._parser.parse(pattern)  # type: ignore[attr-defined]
+        tree = re._parser.parse(pattern)  # type: ignore[attr-defined]  # there is no public parser
         compiled = re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise FormatError(f"The pattern {pattern!r} is not a valid regular expression ({error}).") from error
@@ -63,7 +63,7 @@ def _repetitions(node: Iterable[tuple[object, Any]], repeated: bool) -> float:
         inner = repeated
         if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
             _, most, body = arguments
-            unbounded = most == re._constants.MAXREPEAT or most > _UNBOUNDED  # type: ignore[attr-defined]
+            unbounded = most == re._constants.MAXREPEAT or most > _UNBOUNDED  # type: ignore[attr-defined]  # likewise
             if unbounded and repeated:
                 return math.inf
             count += unbounded

@@ -29,7 +29,7 @@ class TensorSource(NotAFile):
         return self._name
 
     @property
-    def identity(self) -> tuple[str, int, int]:  # type: ignore[override]  # of the file that holds the tensor
+    def identity(self) -> tuple[str, int, int] | None:  # of the file that holds the tensor
         return self._file.identity
 
     def check_unchanged(self) -> None:

@@ -72,23 +72,29 @@ class Step(ABC):
 
 
 @dataclass(frozen=True)
-class CopyStep(Step):
-    """An output tensor that is an input tensor, byte for byte."""
+class OutputStep(Step):
+    """A step that writes one output tensor, by whose name it goes."""
 
     output: TensorSpec
-    source: StoredTensor
 
     @property
     def name(self) -> str:
         return self.output.name
 
     @property
-    def reads(self) -> tuple[StoredTensor, ...]:
-        return (self.source,)
-
-    @property
     def writes(self) -> tuple[TensorSpec, ...]:
         return (self.output,)
+
+
+@dataclass(frozen=True)
+class CopyStep(OutputStep):
+    """An output tensor that is an input tensor, byte for byte."""
+
+    source: StoredTensor
+
+    @property
+    def reads(self) -> tuple[StoredTensor, ...]:
+        return (self.source,)
 
     @property
     def computes(self) -> bool:

@@ -18,6 +18,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from surgery.checkpoint import Checkpoint, StoredTensor
 from surgery.errors import FormatError
@@ -26,6 +27,9 @@ from surgery.hashing import HashBook, new_hash
 from surgery.header import TensorInfo
 from surgery.layout import Layout
 from surgery.version import versions
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 FILE_NAME = "surgery.json"
 SCHEMA = 1
@@ -85,7 +89,7 @@ def hash_files(folder: Path, weights: Iterable[str]) -> dict[str, str]:
 
 def document(
     operation: str,
-    options: object,
+    options: DataclassInstance | Mapping[str, object],
     inputs: Sequence[Mapping[str, object]],
     outputs: Mapping[str, object],
     files: Mapping[str, str],
@@ -96,7 +100,7 @@ def document(
     content = {
         "schema": SCHEMA,
         "operation": operation,
-        "options": options if isinstance(options, Mapping) else asdict(options),  # type: ignore[call-overload]
+        "options": options if isinstance(options, Mapping) else asdict(options),
         "versions": versions(computed),
         "inputs": list(inputs),
         "outputs": outputs,

@@ -77,7 +77,7 @@ class FileSource:
         return self._size
 
     @property
-    def identity(self) -> tuple[str, int, int]:
+    def identity(self) -> tuple[str, int, int] | None:
         return os.path.realpath(self._path), self._size, self._mtime
 
     def fileno(self) -> int:
@@ -107,7 +107,7 @@ class NotAFile:
     """What a source has to say of a file if it is none."""
 
     @property
-    def identity(self) -> None:
+    def identity(self) -> tuple[str, int, int] | None:
         return None
 
     def fileno(self) -> None:

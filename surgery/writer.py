@@ -48,7 +48,7 @@ class PartSource(FileSource):
     """A file of intermediate tensors: its hashes are of no use to a later run, so it goes by no identity."""
 
     @property
-    def identity(self) -> None:  # type: ignore[override]
+    def identity(self) -> None:
         return None
 
 
@@ -67,7 +67,7 @@ class Staging:
         self._descriptors: dict[str, int] = {}
         self._places: dict[str, tuple[str, int, TensorInfo]] = {}
         self._mutex = threading.Lock()
-        with _disk(self.target):
+        with disk_errors(self.target):
             target.parent.mkdir(parents=True, exist_ok=True)
             self.root.mkdir(exist_ok=True)
             self._journal = os.open(self.root / "journal.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
@@ -107,7 +107,7 @@ class Staging:
 
     def _append(self, entry: Mapping[str, object]) -> None:
         line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
-        with self._mutex, _disk(self.target):
+        with self._mutex, disk_errors(self.target):
             while line:
                 line = line[os.write(self._journal, line) :]
 
@@ -119,7 +119,7 @@ class Staging:
         """Create the files of a layout at full length with their headers, and its index."""
         for file in layout.files:
             name = f"{subfolder}{file.name}"
-            with _disk(self.target):
+            with disk_errors(self.target):
                 path = self._path(name)
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 self._descriptors[name] = descriptor
@@ -140,25 +140,25 @@ class Staging:
         name, start, info = self._places[tensor]
         if offset + len(data) > info.end - info.begin:
             raise ValueError(f"{len(data)} bytes at {offset} overrun the output tensor {tensor!r}")
-        with _disk(self.target):
+        with disk_errors(self.target):
             _write_at(self._descriptors[name], data, start + offset)
             _start_writeback(self._descriptors[name], start, offset, offset + len(data))
 
     def copy(self, tensor: str, source: StoredTensor, begin: int, end: int) -> None:
         """Copy bytes `begin` to `end` of a stored tensor to the same place in an output tensor, in the kernel."""
         name, start, _ = self._places[tensor]
-        with _disk(self.target):
+        with disk_errors(self.target):
             _copy_range(source.source, source.offset + begin, self._descriptors[name], start + begin, end - begin)
             _start_writeback(self._descriptors[name], start, begin, end)
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write a small file whole."""
-        with _disk(self.target):
+        with disk_errors(self.target):
             self._path(name).write_bytes(data)
 
     def carry(self, name: str, source: Source) -> None:
         """Copy a file that belongs to the model as it is."""
-        with _disk(self.target):
+        with disk_errors(self.target):
             descriptor = os.open(self._path(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             try:
                 _copy_range(source, 0, descriptor, 0, source.size)
@@ -167,7 +167,7 @@ class Staging:
 
     def write_part(self, step: str, raw_header: bytes, data: list[memoryview]) -> None:
         """Keep the intermediate tensors of a step in a safetensors file of its own."""
-        with _disk(self.target):
+        with disk_errors(self.target):
             path = self.parts / _part_name(step)
             with open(path, "wb") as file:
                 file.write(raw_header)
@@ -197,10 +197,10 @@ class Staging:
 
     def commit(self, overwrite: bool) -> None:
         """Sync everything, then rename the finished folder to the target."""
-        with _disk(self.target):
+        with disk_errors(self.target):
             for path in self.files.rglob("*"):
-                _sync(path)
-            _sync(self.files)
+                sync(path)
+            sync(self.files)
             self.close_files()
             old = self.target.parent / f".{self.target.name}.replaced"
             if self.target.exists() and not _is_empty(self.target):
@@ -210,7 +210,7 @@ class Staging:
                 shutil.rmtree(old, ignore_errors=True)
                 os.rename(self.target, old)
             os.rename(self.files, self.target)
-            _sync(self.target.parent)
+            sync(self.target.parent)
             self.discard()
             shutil.rmtree(old, ignore_errors=True)
 
@@ -268,7 +268,7 @@ def open_staging(target: Path, fingerprint: str) -> Iterator[Staging]:
 
 def check_target(target: Path, inputs: Iterable[tuple[str, Path]], overwrite: bool) -> None:
     """Refuse a target that exists, is an input, lies in one, or holds one. `inputs` are roles and paths."""
-    with _disk(target):
+    with disk_errors(target):
         _check_target(target, inputs, overwrite)
 
 
@@ -309,7 +309,7 @@ def recover(target: Path) -> None:
 
 def free_bytes(target: Path) -> int:
     """Free bytes for this user on the disk that `target` would be written to."""
-    with _disk(target):
+    with disk_errors(target):
         place = target.absolute()
         while not place.exists():
             place = place.parent
@@ -317,32 +317,31 @@ def free_bytes(target: Path) -> int:
         return status.f_bavail * status.f_frsize
 
 
+def disk_errors(target: Path) -> contextlib.AbstractContextManager[None]:
+    """What the operating system says about the output at `target` while this lasts becomes one sentence."""
+    return one_sentence(
+        str(target),
+        f"The disk is full while {target} is being written; nothing is at the target. Free some space and run the same "
+        f"command again to resume, or delete {staging_folder(target)}.",
+    )
+
+
 @contextlib.contextmanager
-def _disk(target: Path) -> Iterator[None]:
-    """Turn what the operating system says about the output into one sentence."""
+def one_sentence(place: str, full: str) -> Iterator[None]:
+    """Turn what the operating system says about `place` into one sentence, which is `full` where the disk is."""
     try:
         yield
     except OutputError:
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = (
-                f"The disk is full while {target} is being written; nothing is at the target. Free some space and run "
-                f"the same command again to resume, or delete {staging_folder(target)}."
-            )
-        else:
-            message = f"{target} cannot be written: {error.strerror or error}."
-        raise OutputError(message) from error
+            raise OutputError(full) from error
+        raise OutputError(f"{place} cannot be written: {error.strerror or error}.") from error
 
 
 def staging_folder(target: Path) -> Path:
     """Where the output at `target` is staged, and what is done of it lies after an interrupt."""
     return target.parent / f".{target.name}.partial"
-
-
-def disk_errors(target: Path) -> contextlib.AbstractContextManager[None]:
-    """What the operating system says about `target` while this lasts becomes one sentence."""
-    return _disk(target)
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
@@ -395,7 +394,8 @@ def _copy_range(source: Source, begin: int, descriptor: int, offset: int, count:
         begin, offset, count = begin + len(view), offset + len(view), count - len(view)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file durable, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

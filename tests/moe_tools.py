@@ -71,8 +71,8 @@ def upcycled_tensors(
             layer = stack.layer.format(layer=number)
             for leaf in stack.leaves:
                 pattern = re.compile(rf"({prefix}{re.escape(layer)}\.){re.escape(leaf.dense)}\.(weight|bias)")
-                for stored in [stored for stored in tensors if pattern.fullmatch(stored)]:
-                    weight, (place, kind) = result.pop(stored), pattern.fullmatch(stored).groups()  # type: ignore[union-attr]
+                for place, kind in [match.groups() for match in map(pattern.fullmatch, tensors) if match]:
+                    weight = result.pop(f"{place}{leaf.dense}.{kind}")
                     for expert in range(entry["num_experts"]):
                         extra = noise * torch.randn(weight.shape, generator=generator) if expert else 0
                         result[f"{place}{stack.mixture}.experts.{expert}.{leaf.expert}.{kind}"] = weight + extra

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from tests.models import FAMILIES, save
+from tests.models import FAMILIES, make, perturb, save
 
 
 def attach(model: Any, config: LoraConfig, seed: int = 3, scale: float = 0.1) -> Any:
@@ -82,3 +82,11 @@ def different(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> 
         for name in left.keys() | right.keys()
         if name not in left or name not in right or not same_bits(left[name], right[name])
     )
+
+
+def write_three(folder: Path) -> None:
+    """A small `base` in bfloat16, its fine-tune `tuned`, and an `adapter` of rank 2 on the queries."""
+    model = make("llama")
+    save(model, folder / "base", torch.bfloat16)
+    save(perturb(model, rank=2, scale=0.2), folder / "tuned", torch.bfloat16)
+    write_adapter(model, LoraConfig(r=2, target_modules=["q_proj"]), folder / "adapter")

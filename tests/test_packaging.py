@@ -14,13 +14,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
 from packaging.requirements import Requirement
-from peft import LoraConfig
 
 import surgery
-from tests.models import make, perturb, save
-from tests.peft_tools import write_adapter
+from tests.peft_tools import write_three
 from tests.tools import unequal
 
 ROOT = Path(__file__).parents[1]
@@ -168,10 +165,7 @@ def base_only(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
-    model = make("llama")
-    save(model, folder / "base", torch.bfloat16)
-    save(perturb(model, rank=2, scale=0.2), folder / "tuned", torch.bfloat16)
-    write_adapter(model, LoraConfig(r=2, target_modules=["q_proj"]), folder / "adapter")
+    write_three(folder)
     return folder
 
 

@@ -43,7 +43,7 @@ def split(keywords: Mapping[str, Any]) -> tuple[RunOptions, dict[str, Any]]:
 
 def check_keywords(verb: str, keywords: Mapping[str, object], known: type) -> None:
     """Raise `TypeError` for a keyword that a verb does not have, naming those that it has."""
-    names = sorted(known.__optional_keys__)  # type: ignore[attr-defined]
+    names = sorted(known.__optional_keys__)  # type: ignore[attr-defined]  # every TypedDict has it
     for name in keywords:
         if name not in names:
             from difflib import get_close_matches

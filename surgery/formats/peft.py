@@ -28,7 +28,7 @@ from surgery.formats.recipes import Recipe, Reshaped, Stored
 from surgery.names import natural_key
 from surgery.operation import config_bytes
 from surgery.patterns import first_match
-from surgery.peft_format import PREFIX, nesting_key
+from surgery.peft_format import PREFIX, lora_config, nesting_key
 from surgery.sites import Kind, find_sites
 
 _SAVED_KEYS = re.compile(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)\b")
@@ -247,32 +247,26 @@ def config_of(exchange: Exchange, base_name: str | None) -> dict[str, object]:
     targets = sorted((f.module for f in modules if not f.parameter), key=natural_key)
     parameters = sorted((f.module for f in modules if f.parameter), key=natural_key)
     named = base_name or old.get("base_model_name_or_path")
-    return {
-        "alpha_pattern": exact_patterns(alphas, alpha),
-        "auto_mapping": old.get("auto_mapping"),
-        "base_model_name_or_path": named,
-        "bias": old.get("bias", "none"),
-        "exclude_modules": None,
-        "fan_in_fan_out": bool(old.get("fan_in_fan_out", False)),
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layer_replication": None,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": alpha,
-        "lora_bias": any(factors.bias is not None for factors in modules),
-        "lora_dropout": 0.0,
-        "modules_to_save": old.get("modules_to_save"),
-        "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": exact_patterns(ranks, rank),
-        "revision": old.get("revision"),
-        "target_modules": _short(targets),
-        "target_parameters": parameters or None,
-        "task_type": old.get("task_type"),
-        "use_dora": any(factors.magnitude is not None for factors in modules),
-        "use_rslora": rslora,
-    }
+    return lora_config(
+        int(rank),
+        {},
+        None,
+        base_model_name_or_path=named,
+        alpha_pattern=exact_patterns(alphas, alpha),
+        auto_mapping=old.get("auto_mapping"),
+        bias=old.get("bias", "none"),
+        fan_in_fan_out=bool(old.get("fan_in_fan_out", False)),
+        lora_alpha=alpha,
+        lora_bias=any(factors.bias is not None for factors in modules),
+        modules_to_save=old.get("modules_to_save"),
+        rank_pattern=exact_patterns(ranks, rank),
+        revision=old.get("revision"),
+        target_modules=_short(targets),
+        target_parameters=parameters or None,
+        task_type=old.get("task_type"),
+        use_dora=any(factors.magnitude is not None for factors in modules),
+        use_rslora=rslora,
+    )
 
 
 def effective_alpha(factors: Factors, rslora: bool = False) -> float:

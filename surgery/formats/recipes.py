@@ -19,7 +19,7 @@ from surgery.checkpoint import StoredTensor
 from surgery.dtypes import F32, F64, DType
 from surgery.errors import FormatError
 from surgery.layout import TensorSpec
-from surgery.plan import CopyStep, Step, StepResult
+from surgery.plan import CopyStep, OutputStep, Step, StepResult
 from surgery.source import read_bytes
 
 if TYPE_CHECKING:
@@ -306,23 +306,14 @@ def _each_once(tensors: Iterable[StoredTensor]) -> tuple[StoredTensor, ...]:
 
 
 @dataclass(frozen=True)
-class RecipeStep(Step):
+class RecipeStep(OutputStep):
     """Computes one output tensor from its recipe."""
 
-    output: TensorSpec
     recipe: Recipe
-
-    @property
-    def name(self) -> str:
-        return self.output.name
 
     @property
     def reads(self) -> tuple[StoredTensor, ...]:
         return self.recipe.reads
-
-    @property
-    def writes(self) -> tuple[TensorSpec, ...]:
-        return (self.output,)
 
     @property
     def scratch(self) -> int:

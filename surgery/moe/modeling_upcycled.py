@@ -7,7 +7,7 @@ replaced: `UpcycledGPT2LMHeadModel` is `transformers.GPT2LMHeadModel`, and so on
 `FAMILIES`. They are made when asked for; see `__getattr__` at the end.
 
 This file needs only torch and transformers (5.10 or later). It travels with the checkpoint, and `auto_map` in
-config.json names it.
+config.json names it. So it is one file, long as it is: whoever gets a checkpoint has this and nothing else of ours.
 
 What config.json says besides the dense model's settings:
 
@@ -48,7 +48,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F  # noqa: N812 - as torch's own documentation calls it
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -622,7 +622,7 @@ def router_loss(model: PreTrainedModel) -> Tensor | None:
 
 
 def _config_class(dense: Any) -> type[PreTrainedConfig]:
-    class UpcycledConfig(dense):  # type: ignore[misc]
+    class UpcycledConfig(dense):  # type: ignore[misc]  # a class that is known when this runs
         model_type = f"upcycled_{dense.model_type}"
         moe_stacks: dict[str, Any] | None = None
         base_model_name_or_path: str | None = None
@@ -636,7 +636,7 @@ def _config_class(dense: Any) -> type[PreTrainedConfig]:
 
 
 def _model_class(dense: Any) -> type[PreTrainedModel]:
-    class UpcycledModel(dense):  # type: ignore[misc]
+    class UpcycledModel(dense):  # type: ignore[misc]  # likewise
         config_class = __getattr__(PREFIX + dense.config_class.__name__)
 
         def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:

@@ -7,7 +7,7 @@ B: (out, k)      A: (k, in)      scale: what a reader will multiply B A by
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
@@ -120,11 +120,11 @@ class _SlotStep(Step):
     ) -> tuple[MergedMatrix, float]:
         """The matrix of an element-wise method, and its squared norm."""
 
-        def stream(adapter: int) -> str:
-            return f"{self.slot.name}#{expert}#{adapter}"
+        def seeds(adapter: int) -> Callable[[int], int]:
+            return lambda row: self._seed(f"{self.slot.name}#{expert}#{adapter}#{row}")
 
         tasks = [
-            Task(B, A, share.scale, share.weight, lambda row, n=share.adapter: self._seed(f"{stream(n)}#{row}"))  # type: ignore[misc]
+            Task(B, A, share.scale, share.weight, seeds(share.adapter))
             for (B, A), share in zip(products, self.slot.shares, strict=True)
         ]
         merged = MergedMatrix(tasks, self.recipe.method, self.recipe.density, io.still_wanted)

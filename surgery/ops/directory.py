@@ -121,6 +121,14 @@ class Directory:
 Reading = Callable[[str], str]
 
 
+def _without(prefix: str) -> Reading:
+    return lambda name: name.removeprefix(prefix)
+
+
+def _with(prefix: str) -> Reading:
+    return lambda name: prefix + name
+
+
 def _readings(base: Checkpoint) -> list[Reading]:
     """Ways to read the module names of an adapter, most literal first."""
     prefix = family_of(base.model_type).base_prefix
@@ -129,8 +137,7 @@ def _readings(base: Checkpoint) -> list[Reading]:
     prefixes += [next(iter(first))] if len(first) == 1 and not prefix else []
     readings: list[Reading] = [lambda name: name]
     for one in [*prefixes, "model", "transformer"]:
-        readings.append(lambda name, one=one: name.removeprefix(f"{one}."))  # type: ignore[misc]
-        readings.append(lambda name, one=one: f"{one}.{name}")  # type: ignore[misc]
+        readings += [_without(f"{one}."), _with(f"{one}.")]
     readings += [
         lambda name: re.sub(r"^model\.(?!language_model\.)", "model.language_model.", name),
         lambda name: re.sub(r"^model\.(?!language_model\.)", "language_model.model.", name),

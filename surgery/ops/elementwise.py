@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from surgery.linalg import Truncated, full_svd, is_small, squared_norm, subspace_svd
@@ -169,7 +170,7 @@ class MergedMatrix:
         m, n = self.shape
         if method not in RANDOM and density < 1:
             count = int(density * m * n)
-            self._cuts = [find_cut(lambda task=task: self._rows_of(task), count) for task in tasks]  # type: ignore[misc]
+            self._cuts = [find_cut(partial(self._rows_of, task), count) for task in tasks]
         if 4 * m * n <= HELD_BYTES:
             import torch
 

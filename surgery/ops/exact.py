@@ -26,7 +26,7 @@ from surgery.ops import residual
 from surgery.ops.deltas import load_factors
 from surgery.ops.fitting import Block
 from surgery.ops.prediction import Fixed, arithmetic, choose_exponents, fix, predict
-from surgery.plan import Step, StepResult
+from surgery.plan import OutputStep, Step, StepResult
 from surgery.tiling import TILE_ELEMENTS, tiles
 
 if TYPE_CHECKING:
@@ -274,24 +274,15 @@ def _equal(left: np.ndarray, right: np.ndarray) -> bool:
 
 
 @dataclass(frozen=True)
-class RestoreStep(Step):
+class RestoreStep(OutputStep):
     """Writes a tensor of the fine-tune from its prediction and its code."""
 
-    output: TensorSpec
     origin: Origin
     code: StoredTensor
 
     @property
-    def name(self) -> str:
-        return self.output.name
-
-    @property
     def reads(self) -> tuple[StoredTensor, ...]:
         return tuple({tensor.key: tensor for tensor in (*self.origin.tensors, self.code)}.values())
-
-    @property
-    def writes(self) -> tuple[TensorSpec, ...]:
-        return (self.output,)
 
     @property
     def scratch(self) -> int:

@@ -109,8 +109,16 @@ def load(path: Path, base: Path | None = None, dtype: torch.dtype | None = None)
 
 
 def first_output(output: object) -> torch.Tensor:
-    """Logits where there are any, else the last hidden state."""
-    for name in ("logits", "last_hidden_state"):
+    """Logits where there are any, else the picture that a model draws, else the last hidden state.
+
+    Where an answer starts and where it ends are two outputs at each position: [sequences, positions, 2].
+    """
+    import torch
+
+    if getattr(output, "start_logits", None) is not None:
+        ends: Any = output
+        return torch.stack((ends.start_logits, ends.end_logits), -1)
+    for name in ("logits", "prediction_logits", "reconstruction", "last_hidden_state"):
         value = getattr(output, name, None)
         if value is not None:
             found: torch.Tensor = value
@@ -192,10 +200,31 @@ def random_inputs(model: Any, seed: int) -> tuple[dict[str, torch.Tensor], str]:
         return {"pixel_values": torch.randn(shape, generator=generator)}, "2 random images"
     length = min(_SHORT_WINDOW, _positions(model))
     tokens = torch.randint(0, config.get_text_config().vocab_size, (2, length), generator=generator)
+    tokens = _for_the_head(model, tokens)
     inputs = {"input_ids": tokens}
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = tokens
     return inputs, f"2 sequences of {length} random tokens"
+
+
+def _for_the_head(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens [sequences, positions] in the form that the model's head asks for.
+
+    One for multiple choice takes them as the choices of one example, [1, choices, positions]; one of an encoder-decoder
+    that tells classes looks at the end token, of which each sequence must have as many as the others.
+    """
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        return tokens.unsqueeze(0)
+    end = getattr(model.config, "eos_token_id", None)
+    if _tells_classes_in_a_decoder(model) and isinstance(end, int):
+        tokens = tokens.masked_fill(tokens == end, end - 1 if end else 1)
+        tokens[:, -1] = end
+    return tokens
+
+
+def _tells_classes_in_a_decoder(model: Any) -> bool:
+    two = bool(getattr(model.config, "is_encoder_decoder", False))
+    return two and type(model).__name__.endswith("ForSequenceClassification")
 
 
 def _positions(model: Any) -> int:
@@ -236,8 +265,8 @@ def _of_tokens(model: Any, tokens: torch.Tensor) -> tuple[dict[str, torch.Tensor
     """
     import torch
 
-    if not getattr(model.config, "is_encoder_decoder", False):
-        return {"input_ids": tokens}, tokens[:, 1:]
+    if not getattr(model.config, "is_encoder_decoder", False) or _tells_classes_in_a_decoder(model):
+        return {"input_ids": _for_the_head(model, tokens)}, tokens[:, 1:]
     half = tokens.shape[1] // 2
     first, second = tokens[:, :half], tokens[:, half:]
     start = model.config.decoder_start_token_id

@@ -17,12 +17,11 @@ from surgery.checkpoint import StoredTensor
 from surgery.dtypes import F64, DType
 from surgery.errors import IntegrityError, NonFiniteError
 from surgery.hashing import new_hash
-from surgery.layout import TensorSpec
 from surgery.linalg import squared_norm
 from surgery.ops.deltas import Factors, delta_rows, load_factors, merge_tile
 from surgery.ops.fitting import Block, Contribution
 from surgery.ops.undo import Literals, Recorder, decode, predict, uncertain
-from surgery.plan import Step, StepResult
+from surgery.plan import OutputStep, StepResult
 from surgery.tiling import TILE_ELEMENTS
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class Undo:
 
 
 @dataclass(frozen=True)
-class WeightStep(Step):
+class WeightStep(OutputStep):
     """Write a tensor that is `source` after `undo`, with `rows` replaced and the contributions of `blocks` added.
 
     Attributes:
@@ -62,17 +61,12 @@ class WeightStep(Step):
         allow_nonfinite: let NaN and infinity pass.
     """
 
-    output: TensorSpec
     source: StoredTensor
     blocks: tuple[Block, ...] = ()
     rows: tuple[TokenRows, ...] = ()
     undo: Undo | None = None
     record: bool = False
     allow_nonfinite: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.output.name
 
     @property
     def reads(self) -> tuple[StoredTensor, ...]:
@@ -82,10 +76,6 @@ class WeightStep(Step):
         found += [replaced.values for replaced in self.rows]
         found += list(self.undo.parts.values()) if self.undo else []
         return tuple({tensor.key: tensor for tensor in found}.values())
-
-    @property
-    def writes(self) -> tuple[TensorSpec, ...]:
-        return (self.output,)
 
     @property
     def _contributions(self) -> list[Contribution]:
@@ -168,24 +158,15 @@ class WeightStep(Step):
 
 
 @dataclass(frozen=True)
-class TakeStep(Step):
+class TakeStep(OutputStep):
     """A tensor that an adapter brings whole, in the dtype of the output, rounded once."""
 
-    output: TensorSpec
     source: StoredTensor
     allow_nonfinite: bool = False
 
     @property
-    def name(self) -> str:
-        return self.output.name
-
-    @property
     def reads(self) -> tuple[StoredTensor, ...]:
         return (self.source,)
-
-    @property
-    def writes(self) -> tuple[TensorSpec, ...]:
-        return (self.output,)
 
     @property
     def scratch(self) -> int:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from surgery.checkpoint import StoredTensor
 from surgery.errors import NonFiniteError
 from surgery.execute import StepIO
-from surgery.layout import TensorSpec
-from surgery.plan import Step, StepResult
+from surgery.plan import OutputStep, StepResult
 from surgery.tiling import TILE_ELEMENTS
 
 if TYPE_CHECKING:
@@ -17,23 +16,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class AverageStep(Step):
+class AverageStep(OutputStep):
     """The mean of tensors of one shape; their dtypes may differ, and one may be named several times."""
 
-    output: TensorSpec
     sources: tuple[StoredTensor, ...]
-
-    @property
-    def name(self) -> str:
-        return self.output.name
 
     @property
     def reads(self) -> tuple[StoredTensor, ...]:
         return tuple({tensor.key: tensor for tensor in self.sources}.values())
-
-    @property
-    def writes(self) -> tuple[TensorSpec, ...]:
-        return (self.output,)
 
     @property
     def scratch(self) -> int:

@@ -132,13 +132,13 @@ def choose_target(
     if asked_for == AUTO:
         listed = "; ".join(f"{name} {' and '.join(found)}" for name, found in reasons.items())
         raise UnsupportedError(
-            f"{checkpoint.label} is a {model_type}, and no format can hold this mixture of it: {listed}."
+            f"{checkpoint.label} is of type {model_type}, and no format can hold this mixture of it: {listed}."
         )
     if asked_for in reasons:
         what = f"cannot become {asked_for}, which {' and '.join(reasons[asked_for])}."
     else:
         takes = f", which takes {', '.join(known[asked_for].sources)}" if asked_for in known else ""
-        what = f"is a {model_type} and cannot become {asked_for}{takes}."
+        what = f"is of type {model_type} and cannot become {asked_for}{takes}."
     raise UnsupportedError(f"{checkpoint.label} {what}{_remedy(fitting)}")
 
 

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from surgery.checkpoint import Checkpoint, StoredTensor
 from surgery.errors import SurgeryError
 from surgery.folder import WeightFiles
 from surgery.ops.lint import REFUSED, SILENT, WARNING, Finding, lint_checkpoint
 from surgery.ops.running import TOKENIZER_FILES
-from surgery.plan import CopyStep, Plan
-from surgery.source import BytesSource, Source
+from surgery.plan import CopyStep, Plan, Step
+from surgery.source import BytesSource, Source, read_bytes
 from surgery.upcycling.choice import choose_target, mixtures, targets_of
+from surgery.upcycling.enlarge import RepeatStep
+from surgery.upcycling.mixture import Config
 from surgery.upcycling.options import COPY, EXPERT_CHOICE, LORA, UpcycleOptions
 from surgery.upcycling.planning import Upcycling, new_config, plan_upcycling
 from surgery.upcycling.report import ChoiceReport, ConsumerReport
@@ -29,6 +32,8 @@ _ORDER = (LOADS, WARNING, SILENT, REFUSED)
 _SMALL = 1 << 16
 # From here on a program does not have the model.
 _BAD = (SILENT, REFUSED)
+# What goes when expert choice does.
+_OF_EXPERT_CHOICE = {"capacity": None, "group": "sequence", "allow_future": False}
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,16 @@ class _PlannedFolder:
         return self.carried[name] if name in self.carried else BytesSource(name, self.small.get(name, b""))
 
 
-def planned_checkpoint(work: Upcycling, plan: Plan) -> Checkpoint:
+def planned_checkpoint(checkpoint: Checkpoint, config: Config, plan: Plan) -> Checkpoint:
     """The output as a checkpoint, from its plan.
 
-    Tensors that are copied have their bytes; small ones of zeros are zeros, as biases that correct a router are at the
-    start, and other small ones are not, which is all that a rule looks for in them.
+    Tensors that are copied have their bytes; small ones of zeros, or that repeat zeros, are zeros, as biases that
+    correct a router are at the start, and other small ones are not, which is all that a rule looks for in them.
+
+    Args:
+        checkpoint: that the output is made of.
+        config: of the output.
+        plan: of the output.
     """
     tensors: dict[str, StoredTensor] = {}
     for step in plan.steps:
@@ -63,18 +73,29 @@ def planned_checkpoint(work: Upcycling, plan: Plan) -> Checkpoint:
             if isinstance(step, CopyStep):
                 tensors[spec.name] = replace(step.source, name=spec.name, is_slice=False)
             else:
-                byte = b"\0" if isinstance(step, ZerosStep) else b"\1"
+                byte = b"\0" if _is_zero(step) else b"\1"
                 data = BytesSource(spec.name, byte * (spec.nbytes if spec.nbytes <= _SMALL else 0))
                 tensors[spec.name] = StoredTensor(spec.name, spec.dtype, spec.shape, data, 0)
     files = tuple(file.name for file in plan.layout.files)
-    folder = _PlannedFolder(work.checkpoint.label, plan.files, dict(plan.carried), files)
+    folder = _PlannedFolder(checkpoint.label, plan.files, dict(plan.carried), files)
     weights = WeightFiles(files, None, "model", False)
-    return Checkpoint(work.checkpoint.label, folder, tensors, (), weights, new_config(work))
+    return Checkpoint(checkpoint.label, folder, tensors, (), weights, dict(config))
+
+
+def _is_zero(step: Step) -> bool:
+    """Whether a step writes nothing but zeros, as far as that is soon found out."""
+    if isinstance(step, RepeatStep) and step.source.nbytes <= _SMALL:
+        return not any(read_bytes(step.source.source, step.source.offset, step.source.nbytes))
+    return isinstance(step, ZerosStep)
 
 
 def verdicts(work: Upcycling, plan: Plan | None = None) -> tuple[ConsumerReport, ...]:
-    """What each program makes of the output; that the folder has no tokenizer is no more than a warning."""
-    planned = planned_checkpoint(work, plan or plan_upcycling(work))
+    """What each program makes of the output."""
+    return verdicts_on(planned_checkpoint(work.checkpoint, new_config(work), plan or plan_upcycling(work)))
+
+
+def verdicts_on(planned: Checkpoint) -> tuple[ConsumerReport, ...]:
+    """What each program makes of a mixture; that the folder has no tokenizer is no more than a warning."""
     found = lint_checkpoint(planned, tuple(CONSUMERS.values()))
     has_tokenizer = bool(set(TOKENIZER_FILES) & set(planned.folder.names()))
     reports = []
@@ -111,7 +132,7 @@ def _others(work: Upcycling) -> Iterator[tuple[str, Upcycling]]:
     tried = {_identity(work)}
     for changes in _changes(work):
         try:
-            other = rearranged(work, replace(options, **changes))  # type: ignore[arg-type]
+            other = rearranged(work, replace(options, **changes))
         except SurgeryError:
             continue
         if _identity(other) not in tried:
@@ -130,23 +151,23 @@ def rearranged(work: Upcycling, options: UpcycleOptions) -> Upcycling:
     return replace(work, mixtures=chosen, target=target, options=options)
 
 
-def _changes(work: Upcycling) -> Iterator[dict[str, object]]:
+def _changes(work: Upcycling) -> Iterator[dict[str, Any]]:
     """One change after another, then two at once, then all that a plain mixture has not."""
     options = work.options
     (first, *_) = work.mixtures.values()
     last = dict.fromkeys((len(first.layers), max(1, first.depth // 2)))
-    layers: list[dict[str, object]] = [{"layers": text} for text in ("all", *(f"last:{count}" for count in last))]
-    plain: dict[str, object] = {}
+    layers: list[dict[str, Any]] = [{"layers": text} for text in ("all", *(f"last:{count}" for count in last))]
+    plain: dict[str, Any] = {}
     if EXPERT_CHOICE in options.routers.values():
-        plain |= {"router": "top-k", "capacity": None}
+        plain |= {"router": "top-k", **_OF_EXPERT_CHOICE}
     if options.kind == LORA:
         plain |= {"kind": COPY, "rank": None, "alpha": None}
     if options.combine == "raw":
         plain["combine"] = "normalized"
-    targets: list[dict[str, object]] = [
+    targets: list[dict[str, Any]] = [
         {"target": target.name} for target in targets_of(work.checkpoint.model_type) if target.automatic
     ]
-    automatic: list[dict[str, object]] = [] if options.target == "auto" else [{"target": "auto"}]
+    automatic: list[dict[str, Any]] = [] if options.target == "auto" else [{"target": "auto"}]
     if len(work.mixtures) == 1 and not any("=" in text for text in (options.layers, options.router)):
         yield from ([plain] if plain else [])
         for base in (plain, {}) if plain else ({},):
@@ -156,7 +177,8 @@ def _changes(work: Upcycling) -> Iterator[dict[str, object]]:
 
 def _words(changes: Mapping[str, object]) -> str:
     """What to type for some changes of options."""
-    return " ".join(f"--{name} {value}" for name, value in changes.items() if value is not None)
+    shown = {name: value for name, value in changes.items() if value is not None and name not in _OF_EXPERT_CHOICE}
+    return " ".join(f"--{name} {value}" for name, value in shown.items())
 
 
 def choices(work: Upcycling) -> tuple[ChoiceReport, ...]:

@@ -23,7 +23,7 @@ from surgery.moe_families import MODELING_FILE
 from surgery.names import plain
 from surgery.operation import RunOptions, carried_files, check_paths, config_bytes, staged, summarise
 from surgery.pairing import refuse_quantised
-from surgery.plan import CopyStep, Plan, Step, StepResult
+from surgery.plan import CopyStep, OutputStep, Plan, Step, StepResult
 from surgery.provenance import Input
 from surgery.tiling import TILE_ELEMENTS
 from surgery.upcycling.averages import AverageStep
@@ -311,25 +311,16 @@ def _joined(name: str, parts: Sequence[StoredTensor], output: bool, transposed: 
 
 
 @dataclass(frozen=True)
-class JoinStep(Step):
+class JoinStep(OutputStep):
     """Matrices of one shape put together along an axis, divided by a power of two, which is exact."""
 
-    output: TensorSpec
     parts: tuple[StoredTensor, ...]
     axis: int
     divisor: int
 
     @property
-    def name(self) -> str:
-        return self.output.name
-
-    @property
     def reads(self) -> tuple[StoredTensor, ...]:
         return self.parts
-
-    @property
-    def writes(self) -> tuple[TensorSpec, ...]:
-        return (self.output,)
 
     @property
     def scratch(self) -> int:

@@ -26,7 +26,7 @@ from surgery.execute import StepIO
 from surgery.layout import DEFAULT_SHARD_BYTES, TensorSpec, split
 from surgery.names import plain
 from surgery.operation import RunOptions, carried_files, config_bytes, summarise
-from surgery.plan import CopyStep, Plan, Step, StepResult
+from surgery.plan import CopyStep, OutputStep, Plan, Step, StepResult
 from surgery.upcycling.averages import rounded_once
 from surgery.upcycling.experts import ExpertsStep, Noisy, Recipe, Same, StackStep
 from surgery.upcycling.mixture import Config, Target
@@ -242,29 +242,20 @@ def _recipe(work: Enlarging, tensor: StoredTensor) -> Recipe:
 
 
 @dataclass(frozen=True)
-class RepeatStep(Step):
+class RepeatStep(OutputStep):
     """Each of the `count` equal pieces of a tensor `times` times, one after the other, divided by `divisor`.
 
     Without a division bytes move, and no torch is needed.
     """
 
-    output: TensorSpec
     source: StoredTensor
     count: int
     times: int
     divisor: int = 1
 
     @property
-    def name(self) -> str:
-        return self.output.name
-
-    @property
     def reads(self) -> tuple[StoredTensor, ...]:
         return (self.source,)
-
-    @property
-    def writes(self) -> tuple[TensorSpec, ...]:
-        return (self.output,)
 
     @property
     def computes(self) -> bool:
@@ -336,6 +327,7 @@ def _stack_report(work: Enlarging, stack: str) -> StackReport:
     own = stacks.get(stack) if isinstance(stacks, dict) else None
     routing: Config = own if isinstance(own, dict) else {}
     capacity = routing.get("capacity_factor")
+    scale = config.get("routed_scaling_factor") if work.target.name in _SIGMOID else None
     normalized = routing.get("normalize", not work.target.raw or config.get("norm_topk_prob"))
     return StackReport(
         stack=stack,
@@ -346,4 +338,5 @@ def _stack_report(work: Enlarging, stack: str) -> StackReport:
         capacity=capacity if isinstance(capacity, int | float) else None,
         normalized=bool(normalized),
         group=str(routing.get("group", "sequence")) if capacity is not None else None,
+        scale=float(scale) if isinstance(scale, int | float) else 1.0,
     )

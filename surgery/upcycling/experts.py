@@ -18,7 +18,7 @@ from surgery.checkpoint import StoredTensor
 from surgery.errors import NonFiniteError
 from surgery.execute import StepIO
 from surgery.layout import TensorSpec
-from surgery.plan import Step, StepResult
+from surgery.plan import OutputStep, Step, StepResult
 
 if TYPE_CHECKING:
     import numpy as np
@@ -244,24 +244,15 @@ class ExpertsStep(Step):
 
 
 @dataclass(frozen=True)
-class StackStep(Step):
+class StackStep(OutputStep):
     """Every expert in one tensor (experts, rows, columns): the matrices of an expert one below the other."""
 
-    output: TensorSpec
     experts: tuple[tuple[Recipe, ...], ...]
-
-    @property
-    def name(self) -> str:
-        return self.output.name
 
     @property
     def reads(self) -> tuple[StoredTensor, ...]:
         found = [recipe.source for expert in self.experts for recipe in expert]
         return tuple({tensor.key: tensor for tensor in found}.values())
-
-    @property
-    def writes(self) -> tuple[TensorSpec, ...]:
-        return (self.output,)
 
     @property
     def scratch(self) -> int:

@@ -143,8 +143,8 @@ def _of_stack(checkpoint: Checkpoint, stack: str, layout: Stack) -> Iterator[Mlp
 def _problems(checkpoint: Checkpoint, mlps: list[Mlp], stacks: Mapping[str, Stack]) -> Iterator[str]:
     if not mlps:
         yield (
-            f"{checkpoint.label} says that it is a {plain(checkpoint.model_type)}, but no feed-forward block of one is "
-            "stored in it; give the whole model."
+            f"{checkpoint.label} says that it is of type {plain(checkpoint.model_type)}, but no feed-forward block "
+            "of one is stored in it; give the whole model."
         )
     for stack in stacks:
         own = [mlp for mlp in mlps if mlp.stack == stack]

@@ -18,6 +18,8 @@ RESTS = ("average", "first", "base")
 STACKS = ("encoder", "decoder")
 
 DEFAULT_EXPERTS = 8
+# More than any model has; a typing error of this kind would plan tensors by the million.
+MOST_EXPERTS = 4096
 DEFAULT_TOP_K = 2
 DEFAULT_CAPACITY = 2.0
 DEFAULT_RANK = 16
@@ -113,6 +115,8 @@ class UpcycleOptions:
     def __post_init__(self) -> None:
         if self.experts is not None and self.experts < 2:
             raise OptionError(f"--experts is {self.experts}, expected at least 2.")
+        if self.experts is not None and self.experts > MOST_EXPERTS:
+            raise OptionError(f"--experts is {self.experts}, expected at most {MOST_EXPERTS}.")
         if self.top_k is not None and self.top_k < 1:
             raise OptionError(f"--top-k is {self.top_k}, expected at least 1.")
         if self.capacity is not None and not 0 < self.capacity < float("inf"):
@@ -134,6 +138,11 @@ class UpcycleOptions:
         routers = set(self.routers.values())
         if self.capacity is not None and EXPERT_CHOICE not in routers:
             raise OptionError("--capacity goes with --router expert-choice; a top-k router drops no token.")
+        for option, given in (("--group batch", self.group == "batch"), ("--allow-future", self.allow_future)):
+            if given and EXPERT_CHOICE not in routers:
+                raise OptionError(
+                    f"{option} goes with --router expert-choice; a top-k router sees one token at a time."
+                )
         if self.top_k is not None and TOP_K not in routers:
             raise OptionError("--top-k goes with --router top-k; expert choice has --capacity.")
         _ = self.expert_init, self.start_of_router

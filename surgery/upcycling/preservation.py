@@ -5,12 +5,13 @@ model computes f(x), so the two differ by rounding only. Let u = 2^-24 be the un
 layers, a dot product over n terms (n is the larger of hidden and intermediate size) may be summed in another order,
 because an expert sees other batches of tokens than the MLP did; rounding errors of that kind are independent and add up
 to about sqrt(n) u of the result's norm. The weights add a few u. The layers' errors are independent of each other, too:
-sqrt(L n) u in all. The layers that follow, the norms above all, can amplify it; a factor of 16 covers what was measured
-(2e-8 to 3e-6, at most 3 times sqrt(L n) u) with room for trained models. So
+sqrt(L n) u in all. The layers that follow, the norms above all, can amplify it; a factor of 16 leaves room. So
 
     || mixture - dense || / || dense ||  <=  16 sqrt(L n) 2^-24,
 
 which is 1e-5 for a tiny model and 6e-4 for one of 8 billion parameters. Scales do not matter, as both sides are norms.
+Some models amplify more. Where the difference is above that, the dense model is run in float64, too, and the bound is
+16 times its own distance from it if that is larger: what float32 does to the dense model it may do to the mixture.
 What the bound is there to find is far above it: combine weights that do not sum to one change the logits by 0.1 to 1,
 one wrong expert by 1e-2 or more, a rounding to bfloat16 on the way by 4e-3.
 
@@ -63,7 +64,7 @@ class Verification:
     Attributes:
         dense: the folder of the dense model.
         text: a file to measure the loss on.
-        bound: what the relative difference may be, where it is a theorem that there is none.
+        bound: what the relative difference may be, where rounding alone makes one.
         nbytes: memory that it takes, about.
         asked_for: whether somebody insists; else a model that cannot be run is told about and not refused.
     """
@@ -87,7 +88,7 @@ def arrange(
     Args:
         checkpoint: the model that the output is compared with.
         needed: bytes of memory that it takes, see `memory_needed`.
-        bound: what the relative difference may be, where it is a theorem that there is none.
+        bound: what the relative difference may be, where rounding alone makes one.
         verify: True forces, False forbids; None measures what fits in memory and can be run.
         text: a file to measure the loss on, which asks for measuring.
 
@@ -353,7 +354,7 @@ def _own_rounding(verification: Verification, dense: _Found) -> float:
 
 
 def _compared(verification: Verification, dense: _Found, mixture: _Found) -> PreservationReport:
-    """The report; raises where a theorem is broken."""
+    """The report; raises where the two differ by more than rounding."""
     if not bool(dense.logits.isfinite().all()):
         raise InputError(
             f"{verification.dense} gives NaN or infinity itself, so that there is nothing to compare with."

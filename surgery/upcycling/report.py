@@ -18,7 +18,9 @@ class StackReport:
         experts: routed experts to a layer.
         top_k: experts to a token, or None under expert choice.
         capacity: under expert choice: experts to a token on average, else None.
-        normalized: whether a token's weights sum to one.
+        normalized: whether a token's weights sum to one, before `scale`.
+        scale: what its experts' outputs are multiplied by beside the weights; 1 unless a mixture that was enlarged has
+            another (routed_scaling_factor).
         group: under expert choice: the tokens that compete.
         rank, alpha: of routed LoRA experts: each is (alpha / rank) B A on top of the one MLP; None for copies.
     """
@@ -33,6 +35,7 @@ class StackReport:
     group: str | None
     rank: int | None = None
     alpha: float | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class PreservationReport:
         largest: the largest difference of two logits.
         relative: || difference || / || dense logits ||.
         agreement: the share of positions whose largest logit is the same.
-        bound: what `relative` may be where the theorem holds that nothing changes, else None.
+        bound: what `relative` may be where nothing but rounding is changed, else None.
         dense_loss, loss: mean negative log-likelihood a token on a text, in nats; None without a text.
         loads: of each sparse layer.
     """
@@ -125,7 +128,7 @@ class UpcycleReport(Report):
         dense_parameters: of the dense model.
         nbytes: of the weight files.
         dense_bytes: of the dense model's.
-        preserved: whether it is a theorem that the mixture is the dense function, to rounding.
+        preserved: whether the mixture is the dense function by construction, to rounding.
         consumers: who loads it.
         choices: what was asked for, beside the paper's choice of layers and all of them; empty where that is the same,
             or the model has two stacks.

@@ -29,13 +29,13 @@ def check_family(checkpoint: Checkpoint) -> None:
     if family is None:
         able = ", ".join(name for name, known in UPCYCLED_FAMILIES.items() if known.takes_lora)
         raise UnsupportedError(
-            f"{checkpoint.label} is a {plain(checkpoint.model_type)}, which cannot have routed LoRA experts; expected "
-            f"one of {able}, or --kind copy."
+            f"{checkpoint.label} is of type {plain(checkpoint.model_type)}, which cannot have routed LoRA experts; "
+            f"expected one of {able}, or --kind copy."
         )
     if not family.takes_lora:
         raise UnsupportedError(
-            f"{checkpoint.label} is a {family.model_type}, which cannot have routed LoRA experts: they need an MLP "
-            "that is one module, and in BERT and RoBERTa it is two; use --kind copy."
+            f"{checkpoint.label} is of type {family.model_type}, which cannot have routed LoRA experts: they need "
+            "an MLP that is one module, and in BERT and RoBERTa it is two; use --kind copy."
         )
 
 

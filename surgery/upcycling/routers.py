@@ -11,7 +11,7 @@ from surgery.dtypes import DType
 from surgery.errors import NonFiniteError, UnsupportedError
 from surgery.execute import StepIO
 from surgery.layout import TensorSpec
-from surgery.plan import Step, StepResult
+from surgery.plan import OutputStep, StepResult
 from surgery.upcycling.experts import stream
 
 if TYPE_CHECKING:
@@ -20,27 +20,21 @@ if TYPE_CHECKING:
 _ZEROS = bytes(1 << 20)
 
 
-@dataclass(frozen=True)
-class ZerosStep(Step):
-    """A tensor of zeros."""
-
-    output: TensorSpec
-
-    @property
-    def name(self) -> str:
-        return self.output.name
+class _NewStep(OutputStep):
+    """A step that makes its tensor of nothing stored, without torch."""
 
     @property
     def reads(self) -> tuple[StoredTensor, ...]:
         return ()
 
     @property
-    def writes(self) -> tuple[TensorSpec, ...]:
-        return (self.output,)
-
-    @property
     def computes(self) -> bool:
         return False
+
+
+@dataclass(frozen=True)
+class ZerosStep(_NewStep):
+    """A tensor of zeros."""
 
     def run(self, io: StepIO) -> StepResult:
         for begin in range(0, self.output.nbytes, len(_ZEROS)):
@@ -49,32 +43,15 @@ class ZerosStep(Step):
 
 
 @dataclass(frozen=True)
-class RouterStep(Step):
+class RouterStep(_NewStep):
     """A router's weight (experts, hidden): N(0, std), a row to a copy of the MLP, repeated for its `groups` parts.
 
     Of virtual groups (arXiv:2410.07524): the parts of one copy have one score, so a token goes to all of them or none.
     """
 
-    output: TensorSpec
     std: float
     groups: int
     seed: int
-
-    @property
-    def name(self) -> str:
-        return self.output.name
-
-    @property
-    def reads(self) -> tuple[StoredTensor, ...]:
-        return ()
-
-    @property
-    def writes(self) -> tuple[TensorSpec, ...]:
-        return (self.output,)
-
-    @property
-    def computes(self) -> bool:
-        return False
 
     def run(self, io: StepIO) -> StepResult:
         import numpy as np
@@ -87,7 +64,7 @@ class RouterStep(Step):
 
 
 @dataclass(frozen=True)
-class GivenRouterStep(Step):
+class GivenRouterStep(_NewStep):
     """A router's weight (experts, hidden) that was computed before.
 
     Attributes:
@@ -95,25 +72,8 @@ class GivenRouterStep(Step):
         digest: of them, which tells this work from another.
     """
 
-    output: TensorSpec
     rows: np.ndarray | None = field(repr=False, compare=False)
     digest: str
-
-    @property
-    def name(self) -> str:
-        return self.output.name
-
-    @property
-    def reads(self) -> tuple[StoredTensor, ...]:
-        return ()
-
-    @property
-    def writes(self) -> tuple[TensorSpec, ...]:
-        return (self.output,)
-
-    @property
-    def computes(self) -> bool:
-        return False
 
     def run(self, io: StepIO) -> StepResult:
         assert self.rows is not None

@@ -130,8 +130,8 @@ def find_blocks(checkpoint: Checkpoint, target: Target) -> tuple[SparseBlock, ..
     ]
     if not found and not problems:
         problems.append(
-            f"{checkpoint.label} says that it is a {plain(checkpoint.model_type)}, but no experts of one are stored in "
-            "it; give the whole model, in the names that save_pretrained writes."
+            f"{checkpoint.label} says that it is of type {plain(checkpoint.model_type)}, but no experts of one are "
+            "stored in it; give the whole model, in the names that save_pretrained writes."
         )
     if problems:
         raise FormatError(several(f"the mixtures of {checkpoint.label}", problems), problems)

@@ -19,9 +19,9 @@ from surgery.plan import Plan
 from surgery.provenance import Input
 from surgery.upcycling.advice import notes_on, notes_on_size
 from surgery.upcycling.choice import choose_target, mixtures
-from surgery.upcycling.consumers import choices, who_loads_it
+from surgery.upcycling.consumers import choices, planned_checkpoint, verdicts_on, who_loads_it
 from surgery.upcycling.dense_defaults import with_defaults
-from surgery.upcycling.enlarge import Enlarging, plan_enlarging, prepare_enlarging, report_on
+from surgery.upcycling.enlarge import Enlarging, enlarged_config, plan_enlarging, prepare_enlarging, report_on
 from surgery.upcycling.mixture import Mixture
 from surgery.upcycling.mlps import Mlp, find_mlps
 from surgery.upcycling.options import COPY, LORA, UpcycleOptions
@@ -107,6 +107,8 @@ def _enlarge(
     target = Path(output) if output is not None else default_output(work.checkpoint, work.factor * work.experts)
     check_paths(target, inputs, run_options.overwrite)
     report = report_on(work, plan, target, run_options)
+    planned = planned_checkpoint(work.checkpoint, enlarged_config(work), plan)
+    report = replace(report, consumers=verdicts_on(planned))
     verification = arrange(work.checkpoint, memory_of(report.parameters, work.checkpoint), None, verify, text)
     needed = verification.nbytes if isinstance(verification, Verification) else 0
     report = replace(report, plan=replace(report.plan, peak_memory_bytes=max(needed, report.plan.peak_memory_bytes)))

@@ -18,15 +18,13 @@ from pathlib import Path
 import click
 import pytest
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 
 import surgery
 from surgery.cli import progress
 from surgery.cli.main import COMMANDS, cli, run
 from surgery.cli.options import Count, Size
-from tests.models import make, perturb, save
-from tests.peft_tools import write_adapter
+from tests.peft_tools import write_three
 from tests.tools import COMMAND, read_json, run_cli, square_adapter, square_checkpoint, start_cli, tree, unequal
 
 
@@ -34,10 +32,7 @@ from tests.tools import COMMAND, read_json, run_cli, square_adapter, square_chec
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, its fine-tune, an adapter and two merges."""
     folder = tmp_path_factory.mktemp("inputs")
-    model = make("llama")
-    save(model, folder / "base", torch.bfloat16)
-    save(perturb(model, rank=2, scale=0.2), folder / "tuned", torch.bfloat16)
-    write_adapter(model, LoraConfig(r=2, target_modules=["q_proj"]), folder / "adapter")
+    write_three(folder)
     surgery.merge(folder / "base", folder / "adapter", output=folder / "merged")
     surgery.merge(folder / "base", folder / "adapter", output=folder / "reversible", reversible=True)
     surgery.upcycle(folder / "base", output=folder / "moe", experts=2)

@@ -316,6 +316,9 @@ def test_a_receipt_draws_layers_together() -> None:
     assert "2 GB, 4.0 times the dense model's" in text
     assert "measured" not in text
     choice = StackReport("encoder", (0, 1), 2, 4, None, 1.5, False, "sequence")
+    for normalized, words in ((True, "weights sum to 2.5"), (False, "raw weights times 2.5")):
+        scaled = replace(choice, normalized=normalized, scale=2.5)
+        assert f"per sequence, {words}" in "\n".join(drawn(receipt(stacks=(scaled,))))
     text = "\n".join(drawn(receipt(stacks=(choice,), preserved=False)))
     assert "all 2 layers, 4 experts each, expert choice, capacity 1.5, per sequence, raw weights" in text
     assert re.search(r"^function +changed$", text, re.MULTILINE)

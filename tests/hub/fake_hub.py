@@ -305,7 +305,7 @@ def running() -> Iterator[FakeHub]:
 def configure(hub: FakeHub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `hub` the configured endpoint of this process, with an empty cache and no token."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import close_session  # type: ignore[attr-defined]
+    from huggingface_hub.utils import close_session  # type: ignore[attr-defined]  # documented, not marked as exported
 
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)

@@ -63,7 +63,7 @@ NAMES = st.text(st.sampled_from("aZ0_-./@\\\n é"), max_size=12)
 def test_the_hubs_client_takes_the_names_that_are_taken_here(text: str) -> None:
     """And the other way round, but for endings that it leaves to the server."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not marked as exported
 
     try:
         validate_repo_id(text)

@@ -14,21 +14,9 @@ import surgery
 from surgery.errors import IntegrityError, MismatchError, OptionError, OutputError
 from surgery.hub.naming import parse_repository
 from surgery.hub.store import open_registry
-from tests.hub.registry_tools import adapter, assert_sound
+from tests.hub.registry_tools import assert_sound
 from tests.models import make, perturb, save
 from tests.tools import Tripwire, square_checkpoint, start_cli, unequal
-
-
-@pytest.fixture
-def base(here: Path) -> Path:
-    square_checkpoint(here / "base", 2, 16)
-    return Path("base")
-
-
-@pytest.fixture
-def style(here: Path) -> Path:
-    adapter(here / "style")
-    return Path("style")
 
 
 def flip(name: str, path: str) -> None:

@@ -21,7 +21,7 @@ from surgery.errors import (
     OptionError,
     OutputError,
 )
-from surgery.hub.push import is_lfs
+from surgery.hub.parcel import is_lfs
 from surgery.hub.store import existing_registry, open_registry
 from tests.hub.registry_tools import adapter, assert_sound, contents
 from tests.models import make, perturb, save
@@ -36,19 +36,6 @@ from tests.tools import (
     tree,
     unequal,
 )
-
-
-@pytest.fixture
-def base(here: Path) -> Path:
-    square_checkpoint(here / "base", 2, 16)
-    return Path("base")
-
-
-@pytest.fixture
-def style(here: Path) -> Path:
-    adapter(here / "style")
-    return Path("style")
-
 
 # There and back -------------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,7 @@ def test_blocks_beyond_the_limit_are_dropped_and_fetched_again() -> None:
         return bytes([number])
 
     for number in (0, 1, 0, 2, 1):
-        assert cache.get(("file", number), lambda number=number: fetch(number)) == bytes([number])  # type: ignore[misc]
+        assert cache.get(("file", number), partial(fetch, number)) == bytes([number])
     assert fetched == [0, 1, 2, 1]
 
 

@@ -68,7 +68,7 @@ def test_keywords_of_train_are_its_options() -> None:
     listed = re.findall(r"^ {12}(\w+): \S", surgery.train.__doc__ or "", re.MULTILINE)
     assert set(listed) == names_of(TrainKeywords)
     with pytest.raises(TypeError, match=r"train\(\) has no keyword 'step'\. Did you mean 'steps'\?"):
-        surgery.train("base", data="x", output="y", step=2)  # type: ignore[call-arg]
+        surgery.train("base", data="x", output="y", step=2)  # type: ignore[call-arg]  # refused here, too, as it should be
 
 
 def names_of(keywords: Any) -> set[str]:
@@ -110,9 +110,9 @@ def test_an_unknown_keyword_is_named(verb: str, tmp_path: Path) -> None:
 
 def test_a_misspelt_keyword_of_verify() -> None:
     with pytest.raises(TypeError, match=r"verify\(\) has no keyword 'logit'\. Did you mean 'logits'\?"):
-        surgery.verify("base", "restored", logit=True)  # type: ignore[call-arg]
+        surgery.verify("base", "restored", logit=True)  # type: ignore[call-arg]  # refused here, too
     with pytest.raises(TypeError, match=r"verify\(\) has no keyword 'quux'\. It takes logits, progress, seed, threads"):
-        surgery.verify("base", "restored", quux=3)  # type: ignore[call-arg]
+        surgery.verify("base", "restored", quux=3)  # type: ignore[call-arg]  # likewise
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def test_type_checkers_see_the_options(tmp_path: Path) -> None:
     files = [str(tmp_path / "right.py"), str(tmp_path / "wrong.py")]
     found = subprocess.run([*command, *files], capture_output=True, text=True, check=False, cwd=root)
     lines = [line for line in found.stdout.splitlines() if "error:" in line]
-    assert [re.search(r"\w+\.py:\d+", line).group() for line in lines] == ["wrong.py:2", "wrong.py:3"]  # type: ignore[union-attr]
+    assert [re.findall(r"\w+\.py:\d+", line)[0] for line in lines] == ["wrong.py:2", "wrong.py:3"]
 
 
 def test_threads_below_one(tmp_path: Path) -> None:

@@ -45,16 +45,12 @@ def test_just_the_largest_entries_stay(array: np.ndarray, data: st.DataObject) -
 
 def tasks(seed: int, m: int, n: int, weights: list[float], rank: int = 6) -> list[Task]:
     generator = torch.Generator().manual_seed(seed)
-    return [
-        Task(
-            torch.randn(m, rank, generator=generator),
-            torch.randn(rank, n, generator=generator),
-            0.25,
-            weight,
-            lambda row, number=number: seed_for(7, f"{number}#{row}"),  # type: ignore[misc]
-        )
-        for number, weight in enumerate(weights)
-    ]
+
+    def task(number: int, weight: float) -> Task:
+        B, A = torch.randn(m, rank, generator=generator), torch.randn(rank, n, generator=generator)
+        return Task(B, A, 0.25, weight, lambda row: seed_for(7, f"{number}#{row}"))
+
+    return [task(number, weight) for number, weight in enumerate(weights)]
 
 
 def whole(merged: MergedMatrix) -> torch.Tensor:

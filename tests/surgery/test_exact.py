@@ -24,6 +24,8 @@ from surgery.errors import (
     OptionError,
     UnsupportedError,
 )
+from surgery.ops.inspection import AdapterReport
+from surgery.ops.verify import VerifyReport
 from surgery.reports import ExactReport, ExtractReport
 from tests.models import FAMILIES, invent, make, perturb, save
 from tests.tools import Tripwire, interrupt, interrupted, own_disk, run_cli, square_checkpoint, start_cli, tree, unequal
@@ -277,7 +279,8 @@ def test_a_dry_run_estimates_and_writes_nothing(llama: tuple[Path, Path, Path], 
 def test_inspect_and_verify_know_the_record(llama: tuple[Path, Path, Path], tmp_path: Path) -> None:
     _, _, adapter = llama
     report = surgery.inspect(adapter)
-    assert report.exact_bytes == sum(len(data) for data in tree(adapter / "exact").values())  # type: ignore[union-attr]
+    assert isinstance(report, AdapterReport)
+    assert report.exact_bytes == sum(len(data) for data in tree(adapter / "exact").values())
     assert surgery.verify(adapter).passed
     changed = copied(adapter, tmp_path)
     (changed / "exact" / "files" / "config.json").unlink(missing_ok=True)
@@ -285,8 +288,9 @@ def test_inspect_and_verify_know_the_record(llama: tuple[Path, Path, Path], tmp_
         file.seek(-1, os.SEEK_END)
         file.write(b"\x55")
     found = surgery.verify(changed)
+    assert isinstance(found, VerifyReport)
     assert not found.passed
-    assert any("exact/record.safetensors" in problem for problem in found.problems)  # type: ignore[union-attr]
+    assert any("exact/record.safetensors" in problem for problem in found.problems)
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------

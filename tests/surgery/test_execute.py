@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,10 @@ def make_bfloat16(model: Any) -> Any:
 # Interrupted ----------------------------------------------------------------------------------------------------------
 
 
+def until_stopped(call: Operation) -> Callable[[Any], object]:
+    return lambda wire: call(progress=wire)
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_interrupted_anywhere_and_run_again_it_makes_the_same_bytes(
     operation: str, files: Files, tmp_path: Path
@@ -123,7 +128,7 @@ def test_interrupted_anywhere_and_run_again_it_makes_the_same_bytes(
         out = tmp_path / f"out{number}"
         limit = int(share * progress.passed)
         threads = 1 + number % 2
-        assert interrupted(limit, lambda wire: call(output=out, progress=wire, threads=threads))  # noqa: B023
+        assert interrupted(limit, until_stopped(partial(call, output=out, threads=threads)))
         assert not out.exists()
         resumed.append(call(output=out, threads=3 - threads).resumed)
         assert unequal(out, tmp_path / "expected") == []
@@ -186,7 +191,7 @@ def test_a_bin_file_that_changed_since_is_not_resumed_over(files: Files, tmp_pat
     shutil.copy(files.base / "config.json", base)
     state = {name: tensor for shard in files.base.glob("*.safetensors") for name, tensor in load_file(shard).items()}
     torch.save(state, base / "pytorch_model.bin")
-    call = lambda **o: surgery.merge(base, files.adapter, **o)  # noqa: E731
+    call = partial(surgery.merge, base, files.adapter)
     assert interrupted(70_000, lambda wire: call(output=tmp_path / "out", progress=wire, threads=1))
     torch.save({name: 2 * tensor for name, tensor in state.items()}, base / "pytorch_model.bin")
     call(output=tmp_path / "out")

@@ -51,7 +51,7 @@ def test_leaves_are_all_of_the_mlp_and_nothing_else(variant: str, tmp_path: Path
     family, layouts = UPCYCLED_FAMILIES[model.config.model_type], modeling_upcycled.FAMILIES[model.config.model_type]
     models.save(model, tmp_path / "dense")
     with safe_open(tmp_path / "dense" / "model.safetensors", "pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - it is no dict
     for name, stack in family.stacks.items():
         layer = model.base_model.get_submodule(layouts[name].layers)[1]
         mlp = layer.get_submodule(layouts[name].mlp)

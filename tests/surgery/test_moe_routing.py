@@ -91,8 +91,11 @@ def test_expert_choice_is_what_numpy_says(
 
 @pytest.mark.parametrize(
     ("tokens", "experts", "capacity", "expected"),
-    [(10, 4, 2, 5), (10, 4, 1, 3), (10, 32, 2, 1), (10, 32, 0.1, 1), (10, 4, 4, 10), (10, 4, 9, 10), (1, 8, 1, 1), (0, 8, 1, 0)],  # noqa: E501
-)  # fmt: skip
+    [
+        *((10, 4, 2, 5), (10, 4, 1, 3), (10, 32, 2, 1), (10, 32, 0.1, 1)),
+        *((10, 4, 4, 10), (10, 4, 9, 10), (1, 8, 1, 1), (0, 8, 1, 0)),
+    ],
+)
 def test_how_many_tokens_an_expert_takes(tokens: int, experts: int, capacity: float, expected: int) -> None:
     assert moe.tokens_per_expert(tokens, experts, capacity) == expected
 
@@ -140,6 +143,12 @@ def layer(seed: int = 0, identical: bool = False, jitter: float = 0.0, **options
     return mixture
 
 
+def routing_of(mixture: moe.MixtureOfExperts) -> moe.Routing:
+    """What the last run left."""
+    assert mixture.routing is not None
+    return mixture.routing
+
+
 CHOICES = (
     {"router": "top-k", "num_experts_per_tok": 1},
     {"router": "top-k", "num_experts_per_tok": 3},
@@ -172,7 +181,7 @@ def test_tokens_that_no_expert_took_get_nothing() -> None:
     mixture = layer(router="expert-choice", capacity_factor=0.5)
     with torch.no_grad():
         out = mixture(torch.randn(2, 16, 6))
-    covered = mixture.routing.taken.any(-1)  # type: ignore[union-attr]
+    covered = routing_of(mixture).taken.any(-1)
     assert 0 < covered.sum() < covered.numel()
     assert (out[~covered] == 0).all()
     assert (out[covered] != 0).any(-1).all()
@@ -184,8 +193,8 @@ def test_identical_experts_give_the_dense_bits_in_bfloat16(choice: dict[str, Any
     x = torch.randn(4, 64, 6).to(torch.bfloat16)
     with torch.no_grad():
         out, dense = mixture(x), mixture.experts[0](x)
-    covered = mixture.routing.taken.any(-1)  # type: ignore[union-attr]
-    assert mixture.routing.logits.dtype == torch.float32  # type: ignore[union-attr]
+    covered = routing_of(mixture).taken.any(-1)
+    assert routing_of(mixture).logits.dtype == torch.float32
     assert torch.equal(out[covered], dense[covered])
 
 
@@ -203,13 +212,16 @@ def test_one_expert_with_normalised_weights_teaches_the_router_nothing(k: int, n
 def test_identical_experts_with_normalised_weights_teach_the_router_nothing_yet() -> None:
     mixture = layer(identical=True, router="top-k", num_experts_per_tok=2).double().train()
     mixture(torch.randn(2, 5, 6, dtype=torch.float64)).square().sum().backward()
-    assert float(mixture.router.weight.grad.abs().max()) < 1e-12  # type: ignore[union-attr]
+    gradient = mixture.router.weight.grad
+    assert gradient is not None
+    assert float(gradient.abs().max()) < 1e-12
 
 
 def test_idle_experts_have_zero_gradients_in_training() -> None:
     mixture = layer(router="top-k", num_experts_per_tok=1).train()
     mixture(torch.randn(1, 1, 6)).sum().backward()
-    gradients = [float(next(expert.parameters()).grad.abs().sum()) for expert in mixture.experts]  # type: ignore[union-attr]
+    firsts: list[Any] = [next(expert.parameters()) for expert in mixture.experts]
+    gradients = [float(parameter.grad.abs().sum()) for parameter in firsts]
     assert sum(gradient > 0 for gradient in gradients) == 1
 
 
@@ -232,7 +244,7 @@ def test_autocast_leaves_the_router_in_float32() -> None:
     expected = x @ mixture.router.weight.T
     with torch.autocast("cpu", torch.bfloat16):
         mixture(x)
-    torch.testing.assert_close(mixture.routing.logits, expected)  # type: ignore[union-attr]
+    torch.testing.assert_close(routing_of(mixture).logits, expected)
 
 
 def test_a_layer_that_has_run_can_be_copied_and_pickled() -> None:
@@ -282,7 +294,7 @@ class Config:
     ids=lambda value: "" if isinstance(value, dict) else value[:40],
 )
 def test_bad_options_are_refused_in_a_sentence(entry: dict[str, Any], sentence: str) -> None:
-    entry = {"layers": [0], "num_experts": 4, "num_experts_per_tok": 2, **entry}
+    config: Any = Config(**{"layers": [0], "num_experts": 4, "num_experts_per_tok": 2, **entry})
     with pytest.raises(ValueError, match=r"^moe_stacks\.decoder in config\.json.*\.$") as caught:
-        moe.MoeOptions.of(Config(**entry), "decoder")  # type: ignore[arg-type]
+        moe.MoeOptions.of(config, "decoder")
     assert sentence in str(caught.value)

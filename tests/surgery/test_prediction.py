@@ -35,7 +35,7 @@ def integers(fixed: Fixed, exponents: tuple[int, int]) -> tuple[np.ndarray, np.n
     A = fixed.A.double() * 2.0 ** sum(exponents)
     assert torch.equal(A, A.round())
     assert torch.equal(fixed.B, fixed.B.round())
-    return tuple(factor.double().numpy().astype(np.int64).astype(object) for factor in (fixed.B, A))  # type: ignore[return-value]
+    return fixed.B.double().numpy().astype(np.int64).astype(object), A.numpy().astype(np.int64).astype(object)
 
 
 @pytest.mark.parametrize("rank", [1, 16, 100])

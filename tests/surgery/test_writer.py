@@ -177,7 +177,7 @@ def test_an_output_never_touches_an_input(own: Work, target: str, part: str, ove
 def test_a_single_file_and_its_own_folder(own: Work) -> None:
     """A lone file is an input like any other."""
     file = sorted(own.base.glob("*.safetensors"))[0]
-    call = lambda: surgery.merge(file, own.adapter, output=own.base, overwrite=True)  # noqa: E731
+    call = partial(surgery.merge, file, own.adapter, output=own.base, overwrite=True)
     refusal(call, "is, or holds, the base")
 
 
@@ -321,8 +321,9 @@ def test_a_disk_that_fills_up_is_resumed_after(work: Work, share: float) -> None
                 while True:
                     file.write(bytes(4096))
 
-        call = lambda: work.merge(disk / "out", progress=Tripwire(int(share * work.total), fill), threads=1)  # noqa: E731
-        message = refusal(call)
+        message = refusal(
+            partial(work.merge, disk / "out", progress=Tripwire(int(share * work.total), fill), threads=1)
+        )
         assert message == (
             f"The disk is full while {disk / 'out'} is being written; nothing is at the target. Free some space and "
             f"run the same command again to resume, or delete {disk / '.out.partial'}."
@@ -382,7 +383,7 @@ def test_a_target_that_appears_meanwhile_is_left_alone(work: Work, tmp_path: Pat
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "theirs.txt").write_text("theirs")
 
-    call = lambda: work.merge(tmp_path / "out", progress=Tripwire(0, appear))  # noqa: E731
+    call = partial(work.merge, tmp_path / "out", progress=Tripwire(0, appear))
     assert refusal(call) == f"{tmp_path / 'out'} has appeared meanwhile; it is left as it is."
     assert tree(tmp_path / "out") == {"theirs.txt": b"theirs"}
     assert os.listdir(tmp_path) == ["out"]

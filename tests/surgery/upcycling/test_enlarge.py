@@ -14,11 +14,14 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import FormatError, OptionError, UnsupportedError
+from surgery.ops.lint import REFUSED, SILENT
+from surgery.upcycling.consumers import CONSUMERS
 from tests.peft_tools import different, same_bits
 from tests.peft_tools import stored as tensors_of
 from tests.surgery.upcycling.dense import load, logits, relative, stored, upcycled
 from tests.tools import read_json
 
+BAD = (REFUSED, SILENT)
 # Measuring is tested elsewhere.
 upcycle = partial(surgery.upcycle, verify=False)
 
@@ -106,6 +109,35 @@ def test_the_difference_is_measured(tmp_path: Path) -> None:
     assert report.preservation.relative < 1e-6
     assert report.preservation.bound is None
     assert len(report.preservation.loads[0].shares) == 8
+
+
+@pytest.mark.parametrize("case", ["mixtral", "glm4_moe", "ernie4_5_moe", "gpt2"])
+def test_who_loads_the_larger_one_is_what_lint_says_of_it(case: str, tmp_path: Path) -> None:
+    """Before it is there: corrections of zeros stay zeros, and others are found."""
+    name, options = FORMATS[case]
+    upcycled(stored(tmp_path, name), tmp_path / "fresh", experts=4, **options)
+    for small in (tmp_path / "fresh", differing(tmp_path, name, options)):
+        target = tmp_path / f"large-{small.name}"
+        report = upcycle(small, output=target, experts=8)
+        found = surgery.lint(target, consumers=tuple(CONSUMERS.values()))
+        # Without a tokenizer in the folder that is a matter of the folder.
+        findings = [finding for finding in found.findings if not finding.rule.endswith("tokenizer")]
+        serious = {finding.consumer for finding in findings if finding.severity in BAD}
+        assert {CONSUMERS[one.consumer] for one in report.consumers if one.verdict in BAD} == serious
+        assert [one.consumer for one in report.consumers] == list(CONSUMERS)
+
+
+def test_a_factor_on_what_the_experts_give_is_told(tmp_path: Path) -> None:
+    small = differing(tmp_path, "llama", FORMATS["glm4_moe"][1])
+    config = read_json(small / "config.json")
+    (small / "config.json").write_text(json.dumps({**config, "routed_scaling_factor": 2.5}))
+    report = upcycle(small, output=tmp_path / "large", experts=8)
+    assert (report.stacks[0].normalized, report.stacks[0].scale) == (True, 2.5)
+    # No other format knows the word.
+    upcycle(stored(tmp_path, "qwen3"), output=tmp_path / "qwen")
+    config = read_json(tmp_path / "qwen" / "config.json")
+    (tmp_path / "qwen" / "config.json").write_text(json.dumps({**config, "routed_scaling_factor": 2.5}))
+    assert upcycle(tmp_path / "qwen", output=tmp_path / "plain", experts=16).stacks[0].scale == 1.0
 
 
 def test_noise_tells_the_copies_apart(tmp_path: Path) -> None:

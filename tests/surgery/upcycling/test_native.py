@@ -304,7 +304,7 @@ def test_both_spellings() -> None:
         (
             "qwen2",
             {"target": "mixtral"},
-            "is a qwen2 and cannot become mixtral, which takes llama, mistral. `--target qwen2_moe` can hold it.",
+            "is of type qwen2 and cannot become mixtral, which takes llama, mistral. `--target qwen2_moe` can hold it.",
         ),
         (
             "mistral-window",
@@ -314,7 +314,7 @@ def test_both_spellings() -> None:
         (
             "granite",
             {"layers": "last:1"},
-            "is a granite, and no format can hold this mixture of it: granitemoe can make only all layers sparse "
+            "is of type granite, and no format can hold this mixture of it: granitemoe can make only all layers sparse "
             "(asked for layers 2 of 3).",
         ),
     ],

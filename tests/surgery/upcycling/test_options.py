@@ -127,6 +127,15 @@ def test_router_initialisations(text: str, expected: RouterInit) -> None:
         ({"init": "from:a"}, "--init is 'from:a', expected at least two paths after 'from', separated by commas."),
         ({"router_init": "ones"}, "--router-init is 'ones', expected normal:STD, zeros or hidden:PROMPTS.jsonl."),
         ({"router": "switch"}, "--router is 'switch', expected one of top-k, expert-choice."),
+        ({"experts": 4097}, "--experts is 4097, expected at most 4096."),
+        (
+            {"group": "batch"},
+            "--group batch goes with --router expert-choice; a top-k router sees one token at a time.",
+        ),
+        (
+            {"allow_future": True},
+            "--allow-future goes with --router expert-choice; a top-k router sees one token at a time.",
+        ),
         ({"capacity": 2.0}, "--capacity goes with --router expert-choice; a top-k router drops no token."),
         (
             {"router": "expert-choice", "top_k": 2},

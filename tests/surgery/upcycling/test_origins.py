@@ -8,6 +8,7 @@ import shutil
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,8 @@ def mean_of(tensors: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     for index, mean in enumerate(means):
         around = near[index]
         up, down = (torch.nextafter(around, torch.tensor(side, dtype=dtype)) for side in (torch.inf, -torch.inf))
-        near[index] = min((around, up, down), key=lambda c, m=mean: abs(Fraction(float(c)) - m))  # type: ignore[misc]
+        off = [abs(Fraction(float(candidate)) - Fraction(mean)) for candidate in (around, up, down)]
+        near[index] = (around, up, down)[off.index(min(off))]
     return near.view(tensors[0].shape)
 
 
@@ -363,13 +365,15 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_wrong_options(
-    options: dict[str, str], sentence: str, adapted: tuple[Path, torch.dtype], tmp_path: Path
+    options: dict[str, Any], sentence: str, adapted: tuple[Path, torch.dtype], tmp_path: Path
 ) -> None:
     folder, _ = adapted
     names = {"base": folder / "base", "adapter": folder / "a"}
-    filled = {key: value.format(**names) if isinstance(value, str) else value for key, value in options.items()}
+    filled: dict[str, Any] = {
+        key: value.format(**names) if isinstance(value, str) else value for key, value in options.items()
+    }
     with pytest.raises(SurgeryError) as caught:
-        upcycle(folder / "base", output=tmp_path / "moe", **filled)  # type: ignore[arg-type]
+        upcycle(folder / "base", output=tmp_path / "moe", **filled)
     assert caught.value.message == sentence.format(**names)
     assert not (tmp_path / "moe").exists()
 

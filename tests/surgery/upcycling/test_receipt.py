@@ -28,7 +28,7 @@ from surgery.upcycling.loads import chosen_experts
 from surgery.upcycling.options import UpcycleOptions
 from surgery.upcycling.report import ChoiceReport, PreservationReport
 from surgery.upcycling.upcycle import prepare
-from tests.surgery.upcycling.dense import load, make, stored
+from tests.surgery.upcycling.dense import DENSE, load, make, stored
 from tests.tools import read_json, run_cli
 
 TEXT = "the cat sat on the mat and the dog saw the cat run from the mat to the barn " * 12
@@ -84,6 +84,31 @@ def test_the_difference_is_that_of_a_plain_run(tmp_path: Path, family: str, opti
     assert (found.bound is not None) is report.preserved
     assert report.preserved or found.relative > 1e-6 or family == "vit"
     assert read_json(tmp_path / "moe" / "surgery.json")["report"]["preservation"]["relative"] == found.relative
+
+
+HEADS = {
+    "T5ForSequenceClassification": "t5",
+    "T5ForQuestionAnswering": "t5",
+    "BertForPreTraining": "bert",
+    "BertForQuestionAnswering": "bert",
+    "BertForMultipleChoice": "bert",
+    "ViTForMaskedImageModeling": "vit",
+}
+
+
+@pytest.mark.parametrize("tokenizer", [False, True], ids=["random", "text"])
+@pytest.mark.parametrize("name", HEADS)
+def test_every_head_can_be_run(name: str, tokenizer: bool, tmp_path: Path) -> None:
+    """Whatever it wants for input, and whatever it calls what it gives."""
+    _, config, settings = DENSE[HEADS[name]]
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, config)(**{**settings, "num_labels": 2}))
+    model.save_pretrained(tmp_path / "dense")
+    if tokenizer:
+        with_tokenizer(tmp_path / "dense")
+    report = surgery.upcycle(tmp_path / "dense", output=tmp_path / "moe", experts=2, verify=True)
+    assert report.architecture == f"Upcycled{name}"
+    assert 0 < measured(report).relative < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -273,8 +273,8 @@ def test_a_family_without_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError) as caught:
         upcycled(dense, tmp_path / "lora", kind="lora")
     assert str(caught.value) == (
-        f"{dense.label} is a olmo2, which cannot have routed LoRA experts; expected one of vit, t5, gpt2, gpt_neox, "
-        "phi, gemma3_text, gemma, gemma2, llama, mistral, qwen2, qwen3, or --kind copy."
+        f"{dense.label} is of type olmo2, which cannot have routed LoRA experts; expected one of vit, t5, gpt2, "
+        "gpt_neox, phi, gemma3_text, gemma, gemma2, llama, mistral, qwen2, qwen3, or --kind copy."
     )
 
 

@@ -217,7 +217,8 @@ def test_small_experts_from_scratch_differ(tmp_path: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(ship(tmp_path, "llama", init="granular:2"))
     model = transformers.AutoModelForCausalLM.from_config(config)
     for mixture in moe.mixtures(model).values():
-        one, other = (expert.up_proj.weight.detach() for expert in list(mixture.experts)[:2])  # type: ignore[union-attr,operator]
+        experts: list[Any] = list(mixture.experts)
+        one, other = (expert.up_proj.weight.detach() for expert in experts[:2])
         assert one.shape == (24, 32)
         assert not torch.equal(one, other)
         assert 0.5 < float(one.std() / other.std()) < 2

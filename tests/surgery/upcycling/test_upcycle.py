@@ -14,6 +14,7 @@ import torch
 import surgery
 from surgery.checkpoint import open_checkpoint
 from surgery.errors import FormatError, OutputError, UnsupportedError
+from surgery.execute import Progress
 from surgery.upcycling.options import UpcycleOptions
 from tests.surgery.upcycling.dense import load, logits, make, relative, stored, upcycled
 from tests.tools import interrupted, own_disk, read_json, run_cli, unequal
@@ -45,7 +46,10 @@ def test_the_same_work_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     dense = stored(tmp_path, "llama")
     surgery.upcycle(dense, output=tmp_path / "whole", experts=16)
-    call = lambda progress: surgery.upcycle(dense, output=tmp_path / "moe", experts=16, progress=progress)  # noqa: E731 - short
+
+    def call(progress: Progress) -> object:
+        return surgery.upcycle(dense, output=tmp_path / "moe", experts=16, progress=progress)
+
     assert interrupted(dense.nbytes, call)
     assert not (tmp_path / "moe").exists()
     report = surgery.upcycle(dense, output=tmp_path / "moe", experts=16)
