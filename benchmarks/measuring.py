@@ -86,12 +86,14 @@ class Workshop:
         runs: of each process.
         quick: sizes that say nothing, to try the scripts.
         mergekit: the `mergekit-extract-lora` command, if there is one.
+        trl: an interpreter that has TRL beside our packages, if there is one.
     """
 
     folder: Path
     runs: int
     quick: bool
     mergekit: Path | None
+    trl: Path | None
 
     def shape(self, shape: Shape) -> Shape:
         """The shape to work on: the one asked for, or a small one of as many layers as a quick run can afford."""

@@ -20,6 +20,7 @@ from benchmarks.cases import (
     registry,
     reversing,
     starting,
+    training,
     undo_record,
     upcycling,
 )
@@ -40,6 +41,7 @@ BENCHMARKS: dict[str, Callable[[Workshop], Result]] = {
     "registry": registry.run,
     "upcycle": upcycling.against_mergekit,
     "upcycle-copy": upcycling.against_copying,
+    "training": training.run,
     "startup": starting.run,
 }
 RUNS = 5
@@ -49,7 +51,7 @@ BEGIN, END = "<!-- begin results -->", "<!-- end results -->"
 
 def main() -> int:
     given = _arguments()
-    workshop = Workshop(given.folder, 1 if given.quick else given.runs, given.quick, _mergekit())
+    workshop = Workshop(given.folder, 1 if given.quick else given.runs, given.quick, _mergekit(), _trl())
     workshop.folder.mkdir(parents=True, exist_ok=True)
     workshop.compile()
     names = given.only or list(BENCHMARKS)
@@ -58,6 +60,8 @@ def main() -> int:
     head = machine.describe(workshop.mergekit) + "."
     if workshop.mergekit is None:
         head += "\n\nmergekit not found, skipped: set MERGEKIT_BIN as docs/benchmarks.md says."
+    if workshop.trl is None:
+        head += "\n\nTRL not found, skipped: set TRL_PYTHON as docs/benchmarks.md says."
     if workshop.quick:
         head += "\n\nA quick run: the sizes are too small for the figures to say anything."
     print(head, flush=True)
@@ -99,6 +103,12 @@ def _arguments() -> argparse.Namespace:
 def _mergekit() -> Path | None:
     """`mergekit-extract-lora` in the folder that MERGEKIT_BIN names, or on the search path."""
     found = shutil.which("mergekit-extract-lora", path=os.environ.get("MERGEKIT_BIN"))
+    return Path(found).absolute() if found else None
+
+
+def _trl() -> Path | None:
+    """The interpreter that TRL_PYTHON names: one that has TRL, with our packages."""
+    found = os.environ.get("TRL_PYTHON")
     return Path(found).absolute() if found else None
 
 

@@ -17,6 +17,7 @@ LAUNCHER = ROOT / "benchmarks" / "launcher.py"
 
 OURS = ("surgery extract", "surgery extract --no-hash")
 COMBINES = ("surgery combine", "surgery combine --no-hash")
+METHODS = ("full", "lora")
 MERGES = ("surgery merge", "surgery merge --no-hash")
 EXTRACT_ERRORS = [f"largest error / least possible, 14 modules, {name}" for name in (*OURS, "plain script")]
 EXPECTED: dict[str, tuple[list[str], list[str]]] = {
@@ -104,6 +105,14 @@ EXPECTED: dict[str, tuple[list[str], list[str]]] = {
         ["surgery push", "cp -r, sync, SHA-256", "surgery pull"],
         [f"wall time against cp -r, sync, SHA-256, surgery {name}" for name in ("push", "pull")],
     ),
+    "training": (
+        [f"{name}, {method}, tiny" for method in METHODS for name in ("surgery.train", "transformers Trainer")],
+        [
+            f"{what}, {method}, tiny, against transformers Trainer"
+            for method in METHODS
+            for what in ("tokens a second", "tokens a second of processor", "largest difference of 20 losses")
+        ],
+    ),
     "startup": (["surgery --help", "python -c 'import click'"], ["CPU against click"]),
 }
 
@@ -115,7 +124,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: str) -> tuple[str, int]:
-    environment = {key: value for key, value in os.environ.items() if key != "MERGEKIT_BIN"}
+    environment = {key: value for key, value in os.environ.items() if key not in ("MERGEKIT_BIN", "TRL_PYTHON")}
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
     return done.stdout + done.stderr, done.returncode
 
@@ -136,7 +145,9 @@ def test_every_benchmark_runs_and_leaves_its_rows(name: str, folder: Path) -> No
     assert not (folder / "outputs").exists()
     for row in found["rows"]:
         # What is not a matter of time holds for tiny models too.
-        if row["figure"].startswith(("largest error", "tensors with", "dW from", "truncation error")):
+        if row["figure"].startswith(
+            ("largest error", "tensors with", "dW from", "truncation error", "largest difference")
+        ):
             assert row["met"] is not False, row
         if row["figure"].startswith("tensors restored"):
             assert row["ours"] == "21 of 21"
