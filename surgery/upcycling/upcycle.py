@@ -39,6 +39,7 @@ from surgery.upcycling.prompts import check_model, read_prompts, router_rows
 from surgery.upcycling.report import StackReport, UpcycleReport
 from surgery.upcycling.routed_lora import factor_parameters, where_base_is
 from surgery.upcycling.seq2seq import SWITCH
+from surgery.upcycling.settings import check_settings
 from surgery.upcycling.sparse import format_of
 
 
@@ -57,6 +58,7 @@ def upcycle(
     checkpoints or adapters that `options.init` names, in its order.
     """
     refuse_quantised(checkpoint)
+    check_settings(checkpoint)
     if (mixture := format_of(checkpoint)) is not None:
         return _enlarge(prepare_enlarging(checkpoint, mixture, options), output, run_options, verify, text)
     work = prepare(checkpoint, options, sources)
