@@ -81,10 +81,11 @@ class Loaded:
     unexpected: frozenset[str]
 
 
-def load(path: Path, base: Path | None = None, dtype: torch.dtype | None = None) -> Loaded:
+def load(path: Path, base: Path | None = None, dtype: torch.dtype | None = None, *, class_name: str = "") -> Loaded:
     """The model of a checkpoint folder, as the class that its config names, in `dtype`, float32 unless given.
 
     `base` is where the dense weights are if the folder has routed LoRA experts alone; by default where it says.
+    `class_name` is the class for a config that names none.
     """
     import torch
 
@@ -97,9 +98,8 @@ def load(path: Path, base: Path | None = None, dtype: torch.dtype | None = None)
         except (OSError, ValueError, KeyError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise InputError(f"{path} cannot be run: transformers has no model for its config ({reason}).") from error
-        names = getattr(config, "architectures", None) or []
-        homes = (transformers, modeling_upcycled)
-        cls = next((getattr(home, names[0]) for home in homes if names and hasattr(home, names[0])), None)
+        named, homes = (getattr(config, "architectures", None) or [class_name])[0], (transformers, modeling_upcycled)
+        cls = next((getattr(home, named) for home in homes if named and hasattr(home, named)), None)
         if cls is None:
             raise InputError(f"{path} names no class of transformers in its config, so it cannot be run.")
         if base is not None and getattr(config, "base_model_name_or_path", None):

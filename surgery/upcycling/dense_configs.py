@@ -82,6 +82,13 @@ def _architectures(config: Config, target: Target, family: str) -> list[str]:
     return [_CLASSES[family] + name.removeprefix(prefix) for name in classes if name.startswith(prefix)]
 
 
+def class_without_a_name(checkpoint: Checkpoint, target: Target, architecture: str) -> str:
+    """The class of a dense checkpoint whose config names none, from that of the mixture which was made of it."""
+    if target.ships:
+        return architecture.removeprefix(CLASS_PREFIX)
+    return _CLASSES[checkpoint.model_type] + architecture.removeprefix(target.classes("", ""))
+
+
 def no_dense_class(checkpoint: Checkpoint, target: Target, family: str) -> Iterator[str]:
     """What of a mixture the dense family's class does not have: the end of a sentence for each."""
     config = checkpoint.config

@@ -31,7 +31,8 @@ from surgery.upcycling.dense_configs import dense_config, no_dense_class
 from surgery.upcycling.mixture import Target
 from surgery.upcycling.mlps import stacks_of
 from surgery.upcycling.report import DenseReport
-from surgery.upcycling.sparse import SparseBlock, find_blocks, format_of, known_mixtures, on_record
+from surgery.upcycling.settings import check_settings
+from surgery.upcycling.sparse import SparseBlock, find_blocks, format_of, known_mixtures, on_record, routing_of
 from surgery.upcycling.zeros import is_zero
 
 _ATTENTION_BIASES = (".q_proj.bias", ".k_proj.bias", ".v_proj.bias")
@@ -99,6 +100,7 @@ def dense(
 ) -> DenseReport:
     """Write the dense model of a mixture at `output`."""
     refuse_quantised(checkpoint)
+    check_settings(checkpoint)
     inputs = [Input("mixture", checkpoint)]
     target = Path(output)
     check_paths(target, inputs, run_options.overwrite)
@@ -370,5 +372,17 @@ def _notes(work: Downcycling) -> Iterator[str]:
         yield "The mean of experts that were trained apart is a start for training, seldom a good model by itself."
     if work.options.drop_shared and any(block.shared for block in work.blocks):
         yield "The shared experts are left out: the dense model computes something else wherever they were not silent."
+    stacks = dict.fromkeys(block.stack for block in work.blocks)
+    routings = [routing_of(work.checkpoint.config, work.target, stack) for stack in stacks]
+    if not all(routing.normalized for routing in routings):
+        yield (
+            "The mixture weighs its experts by raw probabilities, which need not sum to 1, and the dense model has the "
+            "MLP whole, so it computes something else, however alike the experts are."
+        )
+    if any(routing.capacity is not None and routing.capacity < len(work.blocks[0].experts) for routing in routings):
+        yield (
+            "Under expert choice a token goes to as many experts as take it, to none where none does; in the dense "
+            "model every token goes through every MLP once, so it computes something else."
+        )
     if work.options.average and work.groups > 1:
         yield "All copies of the MLP are the same, so their mean is any of them."

@@ -32,7 +32,7 @@ from surgery.upcycling.experts import ExpertsStep, Noisy, Recipe, Same, StackSte
 from surgery.upcycling.mixture import Config, Target
 from surgery.upcycling.options import ExpertInit, UpcycleOptions
 from surgery.upcycling.report import StackReport, UpcycleReport
-from surgery.upcycling.sparse import SparseBlock, find_blocks, on_record
+from surgery.upcycling.sparse import SparseBlock, find_blocks, on_record, routing_of
 
 # How the formats spell the number of experts, and of those that a token goes to.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -323,20 +323,16 @@ def _stack_report(work: Enlarging, stack: str) -> StackReport:
     config: Config = enlarged_config(work)
     layers = tuple(block.number for block in work.blocks if block.stack == stack)
     depth = config.get("num_hidden_layers")
-    stacks = config.get("moe_stacks")
-    own = stacks.get(stack) if isinstance(stacks, dict) else None
-    routing: Config = own if isinstance(own, dict) else {}
-    capacity = routing.get("capacity_factor")
+    routing = routing_of(config, work.target, stack)
     scale = config.get("routed_scaling_factor") if work.target.name in _SIGMOID else None
-    normalized = routing.get("normalize", not work.target.raw or config.get("norm_topk_prob"))
     return StackReport(
         stack=stack,
         layers=layers,
         depth=depth if isinstance(depth, int) else layers[-1] + 1,
         experts=work.factor * work.experts,
-        top_k=None if work.top_k is None or capacity is not None else work.factor * work.top_k,
-        capacity=capacity if isinstance(capacity, int | float) else None,
-        normalized=bool(normalized),
-        group=str(routing.get("group", "sequence")) if capacity is not None else None,
+        top_k=None if work.top_k is None or routing.capacity is not None else work.factor * work.top_k,
+        capacity=routing.capacity,
+        normalized=routing.normalized,
+        group=routing.group if routing.capacity is not None else None,
         scale=float(scale) if isinstance(scale, int | float) else 1.0,
     )

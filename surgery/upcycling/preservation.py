@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.checkpoint import Checkpoint
 from surgery.errors import InputError, IntegrityError, MissingExtraError, OptionError
 from surgery.execute import Progress, one_torch_thread
+from surgery.upcycling.memory import free_memory
 from surgery.upcycling.planning import Upcycling
 from surgery.upcycling.report import ExpertLoad, PreservationReport, UpcycleReport
 
@@ -46,15 +47,8 @@ _UNIT_ROUNDOFF = 2.0**-24
 _SAFETY = 16
 # Positions whose logits are kept and compared: with a vocabulary of 150,000 that is 77 MB.
 _COMPARED = 128
-# What a process holds that has torch and transformers in it, and no model yet.
-_PROGRAM_BYTES = 600_000_000
-# Of a parameter: 4 in float32, up to 2 of the file that is mapped, and 3 of what transformers stacks as it loads; a
-# Mixtral of 0.5 billion parameters in bfloat16 took 8.8.
-_BYTES_PER_PARAMETER = 9
 # Of the memory that is free, what may be taken without being asked.
 _SHARE_OF_MEMORY = 0.8
-# Tokens in one pass at most, for the estimate of memory.
-_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -67,6 +61,7 @@ class Verification:
         bound: what the relative difference may be, where rounding alone makes one.
         nbytes: memory that it takes, about.
         asked_for: whether somebody insists; else a model that cannot be run is told about and not refused.
+        class_name: what to run a checkpoint as whose config names no class.
     """
 
     dense: Path
@@ -74,6 +69,7 @@ class Verification:
     bound: float | None
     nbytes: int
     asked_for: bool
+    class_name: str = ""
 
 
 def arrange(
@@ -82,6 +78,7 @@ def arrange(
     bound: float | None,
     verify: bool | None,
     text: str | os.PathLike[str] | None,
+    class_name: str = "",
 ) -> Verification | str:
     """Decide whether to measure the output; if not, why not, in a sentence, or nothing where nobody wants it.
 
@@ -91,6 +88,7 @@ def arrange(
         bound: what the relative difference may be, where rounding alone makes one.
         verify: True forces, False forbids; None measures what fits in memory and can be run.
         text: a file to measure the loss on, which asks for measuring.
+        class_name: what to run the checkpoint as if its config names no class.
 
     Raises:
         OptionError: a text, and no measuring.
@@ -124,7 +122,7 @@ def arrange(
     source = Path(text) if text is not None else None
     if source is not None:
         _check_text(source, checkpoint)
-    return Verification(dense, source, bound, needed, asked_for)
+    return Verification(dense, source, bound, needed, asked_for, class_name)
 
 
 def _check_text(text: Path, checkpoint: Checkpoint) -> None:
@@ -137,40 +135,6 @@ def _check_text(text: Path, checkpoint: Checkpoint) -> None:
         raise InputError(f"{text} cannot be read: {error.strerror}.") from error
     if not set(TOKENIZER_FILES) & set(checkpoint.folder.names()):
         raise InputError(f"{text} cannot be used: {checkpoint.label} has no tokenizer; copy its files there.")
-
-
-def memory_needed(work: Upcycling, parameters: int) -> int:
-    """Bytes that measuring takes at most: the larger model while it is loaded, and what passes through it."""
-    hidden = max(mlp.hidden for mlp in work.mlps)
-    inner = max(mlp.inner for mlp in work.mlps)
-    return memory_of(max(parameters, work.checkpoint.parameters), work.checkpoint, hidden + inner)
-
-
-def memory_of(parameters: int, checkpoint: Checkpoint, width: int = 0) -> int:
-    """Bytes that a model of so many parameters takes; `width` is the hidden size and the intermediate size together."""
-    vocabulary = checkpoint.config.get("vocab_size")
-    # Logits of a pass and their logarithms, those kept, and the widest layer with its copies for each expert's tokens.
-    wide = 3 * (vocabulary if isinstance(vocabulary, int) else 0) + 16 * width
-    return _PROGRAM_BYTES + _BYTES_PER_PARAMETER * parameters + 4 * _TOKENS * wide
-
-
-def free_memory() -> int:
-    """Bytes that a process can still take without swapping: file caches count, and the limit of a container binds."""
-    found = []
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        found.append(1024 * int(fields["MemAvailable"].split()[0]))
-    except (OSError, KeyError, ValueError):
-        if "SC_AVPHYS_PAGES" in os.sysconf_names:
-            found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    try:  # the second version of control groups, as containers see it
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        caches = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        found.append(limit - int((group / "memory.current").read_text()) + int(caches.get("file", 0)))
-    except (OSError, ValueError):
-        pass
-    return max(0, min(found, default=0))
 
 
 def relative_bound(work: Upcycling) -> float:
@@ -271,7 +235,7 @@ def _run(
     from surgery.upcycling.loads import Watch
 
     try:
-        loaded = load(folder, base)
+        loaded = load(folder, base, class_name=verification.class_name)
         _check_complete(loaded, folder, error)
         inputs = inputs or inputs_of(loaded.model, folder, verification.text)
         watch = Watch(loaded.model)
@@ -343,7 +307,7 @@ def _own_rounding(verification: Verification, dense: _Found) -> float:
 
     from surgery.ops.running import load, quietly
 
-    model = load(verification.dense, dtype=torch.float64).model
+    model = load(verification.dense, dtype=torch.float64, class_name=verification.class_name).model
     batches = tuple(
         {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
         for batch in dense.inputs.batches

@@ -12,7 +12,7 @@ from surgery.moe_families import MODEL_TYPE_PREFIX
 from surgery.names import plain
 from surgery.provenance import read_provenance
 from surgery.upcycling.experts import rows_of
-from surgery.upcycling.mixture import Block, Target
+from surgery.upcycling.mixture import Block, Config, Target
 from surgery.upcycling.mlps import stacks_of
 from surgery.upcycling.native import NATIVE
 from surgery.upcycling.seq2seq import SEQ2SEQ
@@ -72,6 +72,32 @@ def format_of(checkpoint: Checkpoint) -> Target | None:
     if checkpoint.model_type.startswith(MODEL_TYPE_PREFIX):
         return shipped_target(checkpoint.model_type.removeprefix(MODEL_TYPE_PREFIX))
     return None
+
+
+@dataclass(frozen=True)
+class StoredRouting:
+    """How a stack's tokens find their experts, by its config.
+
+    Attributes:
+        normalized: whether a token's weights sum to one.
+        capacity: under expert choice: experts to a token on average, else None.
+        group: the tokens that compete under expert choice.
+    """
+
+    normalized: bool
+    capacity: float | None
+    group: str
+
+
+def routing_of(config: Config, target: Target, stack: str) -> StoredRouting:
+    """Read it from the config of a format: its own entry where the code is shipped, else what the class does."""
+    stacks = config.get("moe_stacks")
+    own = stacks.get(stack) if isinstance(stacks, dict) else None
+    entry: Config = own if isinstance(own, dict) else {}
+    normalized = entry.get("normalize", not target.raw or config.get("norm_topk_prob"))
+    capacity = entry.get("capacity_factor")
+    capacity = float(capacity) if isinstance(capacity, int | float) else None
+    return StoredRouting(bool(normalized), capacity, str(entry.get("group", "sequence")))
 
 
 def on_record(checkpoint: Checkpoint, target: Target) -> tuple[str | None, int]:

@@ -18,10 +18,12 @@ from surgery.pairing import refuse_quantised
 from surgery.plan import Plan
 from surgery.provenance import Input
 from surgery.upcycling.advice import notes_on, notes_on_size
-from surgery.upcycling.choice import choose_target, mixtures
+from surgery.upcycling.choice import choose_target, mixtures, task_of
 from surgery.upcycling.consumers import choices, planned_checkpoint, verdicts_on, who_loads_it
+from surgery.upcycling.dense_configs import class_without_a_name
 from surgery.upcycling.dense_defaults import with_defaults
 from surgery.upcycling.enlarge import Enlarging, enlarged_config, plan_enlarging, prepare_enlarging, report_on
+from surgery.upcycling.memory import memory_needed, memory_of
 from surgery.upcycling.mixture import Mixture
 from surgery.upcycling.mlps import Mlp, find_mlps
 from surgery.upcycling.options import COPY, LORA, UpcycleOptions
@@ -31,14 +33,13 @@ from surgery.upcycling.preservation import (
     Verification,
     arrange,
     measured,
-    memory_needed,
-    memory_of,
     relative_bound,
 )
 from surgery.upcycling.prompts import check_model, read_prompts, router_rows
 from surgery.upcycling.report import StackReport, UpcycleReport
 from surgery.upcycling.routed_lora import factor_parameters, where_base_is
 from surgery.upcycling.seq2seq import SWITCH
+from surgery.upcycling.settings import check_settings
 from surgery.upcycling.sparse import format_of
 
 
@@ -57,6 +58,7 @@ def upcycle(
     checkpoints or adapters that `options.init` names, in its order.
     """
     refuse_quantised(checkpoint)
+    check_settings(checkpoint)
     if (mixture := format_of(checkpoint)) is not None:
         return _enlarge(prepare_enlarging(checkpoint, mixture, options), output, run_options, verify, text)
     work = prepare(checkpoint, options, sources)
@@ -72,7 +74,9 @@ def upcycle(
     check_paths(target, inputs, run_options.overwrite)
     report = _report(work, plan, target, run_options)
     bound = relative_bound(work) if report.preserved else None
-    verification = arrange(checkpoint, memory_needed(work, report.parameters), bound, verify, text)
+    needed_bytes = memory_needed(work, report.parameters)
+    name = class_without_a_name(checkpoint, work.target, report.architecture)
+    verification = arrange(checkpoint, needed_bytes, bound, verify, text, name)
     needed = verification.nbytes if isinstance(verification, Verification) else 0
     report = replace(report, plan=replace(report.plan, peak_memory_bytes=max(needed, report.plan.peak_memory_bytes)))
     if run_options.dry_run:
@@ -109,7 +113,9 @@ def _enlarge(
     report = report_on(work, plan, target, run_options)
     planned = planned_checkpoint(work.checkpoint, enlarged_config(work), plan)
     report = replace(report, consumers=verdicts_on(planned))
-    verification = arrange(work.checkpoint, memory_of(report.parameters, work.checkpoint), None, verify, text)
+    needed_bytes = memory_of(report.parameters, work.checkpoint)
+    name = work.target.classes("", task_of(work.checkpoint))
+    verification = arrange(work.checkpoint, needed_bytes, None, verify, text, name)
     needed = verification.nbytes if isinstance(verification, Verification) else 0
     report = replace(report, plan=replace(report.plan, peak_memory_bytes=max(needed, report.plan.peak_memory_bytes)))
     if run_options.dry_run:

@@ -22,7 +22,7 @@ from surgery.errors import InputError, IntegrityError, MissingExtraError, Option
 from surgery.operation import Run
 from surgery.ops import running
 from surgery.plan import Plan
-from surgery.upcycling import preservation
+from surgery.upcycling import memory, preservation
 from surgery.upcycling.advice import expected_sum, notes_on_size
 from surgery.upcycling.loads import chosen_experts
 from surgery.upcycling.options import UpcycleOptions
@@ -84,6 +84,26 @@ def test_the_difference_is_that_of_a_plain_run(tmp_path: Path, family: str, opti
     assert (found.bound is not None) is report.preserved
     assert report.preserved or found.relative > 1e-6 or family == "vit"
     assert read_json(tmp_path / "moe" / "surgery.json")["report"]["preservation"]["relative"] == found.relative
+
+
+@pytest.mark.parametrize(("family", "options"), [("llama", {}), ("qwen2", {"layers": "0"}), ("gpt2", {}), ("t5", {})])
+def test_a_config_that_names_no_class(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Native or shipped, dense or a mixture that is enlarged: the class is told from the tensors."""
+    dense = stored(tmp_path, family)
+    without(Path(dense.label))
+    report = surgery.upcycle(dense.label, output=tmp_path / "moe", experts=2, verify=True, **options)
+    assert measured(report).relative < 1e-5
+    assert report.architecture.endswith("ForCausalLM" if family in ("llama", "qwen2") else "Model")
+    without(tmp_path / "moe")
+    larger = surgery.upcycle(tmp_path / "moe", output=tmp_path / "larger", experts=4, verify=True)
+    assert measured(larger).relative < 1e-5
+
+
+def without(folder: Path) -> None:
+    """Take the class out of a config."""
+    config = read_json(folder / "config.json")
+    del config["architectures"]
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 HEADS = {
@@ -322,7 +342,7 @@ def test_a_model_too_large_for_memory_is_not_run(tmp_path: Path, monkeypatch: py
     """By default; `verify` insists. What depends on the computer is not in `surgery.json`."""
     dense = stored(tmp_path, "llama")
     work = prepare(dense, UpcycleOptions())
-    needed = preservation.memory_needed(work, 10**9)
+    needed = memory.memory_needed(work, 10**9)
     assert needed == pytest.approx(9.6e9, rel=0.01)
     monkeypatch.setattr(preservation, "free_memory", lambda: 700_000_000)
     report = surgery.upcycle(dense, output=tmp_path / "moe")
@@ -334,7 +354,7 @@ def test_a_model_too_large_for_memory_is_not_run(tmp_path: Path, monkeypatch: py
 
 
 def test_free_memory_is_a_number_of_bytes() -> None:
-    assert 10**7 < preservation.free_memory() < 10**15
+    assert 10**7 < memory.free_memory() < 10**15
 
 
 BLOCKED = """

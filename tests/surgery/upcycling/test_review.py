@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +148,65 @@ def test_settings_of_attention_are_not_those_of_a_mixture(tmp_path: Path) -> Non
     upcycled(open_checkpoint(tmp_path / "vit"), tmp_path / "moe")
     surgery.dense(tmp_path / "moe", output=tmp_path / "dense", hash=False)
     assert read_json(tmp_path / "dense/config.json")["qkv_bias"] is False
+
+
+WRONG = [
+    ("llama", "hidden_size", "32", "hidden_size '32', expected a whole number of at least 1."),
+    ("llama", "num_hidden_layers", True, "num_hidden_layers True, expected a whole number of at least 1."),
+    ("gpt2", "n_head", 0, "n_head 0, expected a whole number of at least 1."),
+    ("llama", "rms_norm_eps", "1e-6", "rms_norm_eps '1e-6', expected a number."),
+    ("llama", "tie_word_embeddings", "no", "tie_word_embeddings 'no', expected true or false."),
+    ("llama", "hidden_act", 7, "hidden_act 7, expected a word."),
+    ("llama", "rope_parameters", [10_000], "rope_parameters [10000], expected an object."),
+    ("llama", "architectures", "LlamaModel", "architectures 'LlamaModel', expected a list of class names."),
+]
+
+
+@pytest.mark.parametrize(("family", "name", "value", "words"), WRONG, ids=lambda value: str(value)[:20])
+def test_a_setting_of_a_wrong_type_is_named_before_any_work(
+    family: str, name: str, value: object, words: str, tmp_path: Path
+) -> None:
+    dense = stored(tmp_path, family)
+    surgery.upcycle(dense, output=tmp_path / "moe", experts=2, verify=False)
+    calls: tuple[tuple[Path, Callable[..., object]], ...] = (
+        (Path(dense.label), partial(surgery.upcycle, experts=2)),
+        (tmp_path / "moe", partial(surgery.upcycle, experts=4)),
+        (tmp_path / "moe", surgery.dense),
+    )
+    for place, call in calls:
+        changed(place, **{name: value})
+        with pytest.raises(FormatError) as caught:
+            call(place, output=tmp_path / "out")
+        assert str(caught.value) == f"config.json of {place} says {words}"
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([Path(dense.label).name, "moe"])
+
+
+def test_all_settings_of_wrong_types_are_named_at_once(tmp_path: Path) -> None:
+    place = Path(stored(tmp_path, "llama").label)
+    changed(place, vocab_size="96", rms_norm_eps=None, attention_bias=0)
+    with pytest.raises(FormatError, match=r"^2 problems with config.json of ") as caught:
+        surgery.upcycle(place, output=tmp_path / "out")
+    assert [problem.rpartition(" says ")[2].partition(" ")[0] for problem in caught.value.problems] == [
+        "vocab_size",
+        "attention_bias",
+    ]
+
+
+def test_dense_says_where_it_is_not_the_mixtures_function(tmp_path: Path) -> None:
+    """Raw weights and expert choice are other functions than the MLP, however alike the experts are."""
+    raw = "The mixture weighs its experts by raw probabilities"
+    choice = "Under expert choice a token goes to as many experts"
+    cases: tuple[tuple[str, dict[str, Any], list[str]], ...] = (
+        ("llama", {}, []),
+        ("qwen2", {"combine": "raw"}, [raw]),
+        ("vit", {"combine": "raw"}, [raw]),
+        ("vit", {"router": "expert-choice", "capacity": 1.0}, [choice]),
+        ("vit", {"router": "expert-choice", "capacity": 4.0}, []),
+        ("vit", {"router": "expert-choice", "combine": "raw"}, [raw, choice]),
+        ("t5", {"target": "switch"}, [raw]),
+    )
+    for number, (family, options, expected) in enumerate(cases):
+        place = tmp_path / f"moe{number}"
+        upcycled(stored(tmp_path, family), place, experts=4, **options)
+        report = surgery.dense(place, output=tmp_path / f"dense{number}", dry_run=True)
+        assert [words for words in (raw, choice) if any(note.startswith(words) for note in report.notes)] == expected
