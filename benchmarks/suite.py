@@ -17,6 +17,7 @@ from benchmarks.cases import (
     extraction,
     memory,
     merging,
+    mixing,
     registry,
     reversing,
     starting,
@@ -40,6 +41,7 @@ BENCHMARKS: dict[str, Callable[[Workshop], Result]] = {
     "registry": registry.run,
     "upcycle": upcycling.against_mergekit,
     "upcycle-copy": upcycling.against_copying,
+    "mixed": mixing.run,
     "startup": starting.run,
 }
 RUNS = 5

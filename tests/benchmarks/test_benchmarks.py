@@ -104,6 +104,18 @@ EXPECTED: dict[str, tuple[list[str], list[str]]] = {
         ["surgery push", "cp -r, sync, SHA-256", "surgery pull"],
         [f"wall time against cp -r, sync, SHA-256, surgery {name}" for name in ("push", "pull")],
     ),
+    "mixed": (
+        [],
+        [
+            figure
+            for tokens in (32, 128)
+            for figure in (
+                f"CPU against the base alone, {tokens} tokens a row",
+                f"CPU against PEFT's adapter_names, {tokens} tokens a row",
+                f"difference from one at a time, {tokens} tokens a row",
+            )
+        ],
+    ),
     "startup": (["surgery --help", "python -c 'import click'"], ["CPU against click"]),
 }
 
@@ -136,7 +148,9 @@ def test_every_benchmark_runs_and_leaves_its_rows(name: str, folder: Path) -> No
     assert not (folder / "outputs").exists()
     for row in found["rows"]:
         # What is not a matter of time holds for tiny models too.
-        if row["figure"].startswith(("largest error", "tensors with", "dW from", "truncation error")):
+        if row["figure"].startswith(
+            ("largest error", "tensors with", "dW from", "truncation error", "difference from")
+        ):
             assert row["met"] is not False, row
         if row["figure"].startswith("tensors restored"):
             assert row["ours"] == "21 of 21"
