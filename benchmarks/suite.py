@@ -17,6 +17,7 @@ from benchmarks.cases import (
     extraction,
     memory,
     merging,
+    mixing,
     registry,
     reversing,
     starting,
@@ -42,6 +43,7 @@ BENCHMARKS: dict[str, Callable[[Workshop], Result]] = {
     "upcycle": upcycling.against_mergekit,
     "upcycle-copy": upcycling.against_copying,
     "training": training.run,
+    "mixed": mixing.run,
     "startup": starting.run,
 }
 RUNS = 5

@@ -40,6 +40,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "surgery.cli.training:train",
         "Train a checkpoint, or an adapter of one, on texts, prompts, chats, labels or pictures.",
     ),
+    "eval": ("surgery.cli.evaluation:evaluate", "Evaluate a checkpoint, and many adapters on it in one pass."),
+    "verdicts": ("surgery.cli.evaluation:verdicts", "Count a judge's verdicts on blinded pairs of answers."),
     "verify": ("surgery.cli.look:verify", "Check an output against its provenance, or compare two checkpoints."),
     "push": ("surgery.cli.hub:push", "Check a model or an adapter and commit it to a registry."),
     "pull": ("surgery.cli.hub:pull", "Fetch a model or an adapter from a registry into a folder."),

@@ -11,6 +11,7 @@ from surgery.cli.render_adapters import extraction, merged, restored
 from surgery.cli.render_algebra import combination
 from surgery.cli.render_dense import downcycled
 from surgery.cli.render_estimate import estimated
+from surgery.cli.render_evaluation import evaluated, judged
 from surgery.cli.render_exchange import converted, linted
 from surgery.cli.render_look import adapter, checkpoint, compared, verified
 from surgery.cli.render_mixtures import upcycled
@@ -26,12 +27,14 @@ DRAWINGS: dict[str, Callable[[Console, Any, bool], None]] = {
     "ConvertReport": converted,
     "DenseReport": downcycled,
     "EstimateReport": estimated,
+    "EvalReport": evaluated,
     "ExtractReport": extraction,
     "LintReport": linted,
     "MergeReport": merged,
     "RestoreReport": restored,
     "TrainReport": trained,
     "UpcycleReport": upcycled,
+    "VerdictsReport": judged,
     "VerifyReport": verified,
 }
 

@@ -245,6 +245,32 @@ class TrainKeywords(MethodKeywords, total=False):
     progress: TrainProgress | None
 
 
+class EvaluateKeywords(TypedDict, total=False):
+    """What to evaluate and how, see `surgery.evaluation.options`."""
+
+    task: str | None
+    adapter_field: str | None
+    loss: str
+    tokenizer: str | None
+    chat_template: str | None
+    end_token: str | None
+    max_length: int | None
+    over_length: str
+    batch_size: int
+    precision: str
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    output: str | os.PathLike[str] | None
+    generate: str | os.PathLike[str] | None
+    pairwise: str | os.PathLike[str] | None
+    key: str | os.PathLike[str] | None
+    overwrite: bool
+    dry_run: bool
+    device: str
+    progress: Progress | None
+
+
 class VerifyKeywords(TypedDict, total=False):
     """How to compare, and how to run what only looks.
 

@@ -18,6 +18,7 @@ import pytest
 
 from surgery import operation, reports
 from surgery.cli.main import COMMANDS
+from surgery.evaluation import report as evaluation
 from surgery.hub import account, listing, pull, push
 from surgery.ops import inspection, lint, verify
 from surgery.training import estimate
@@ -130,6 +131,7 @@ def _reported() -> list[type]:
     """Every dataclass that `--json` can print: the reports, and what they hold."""
     modules: tuple[types.ModuleType, ...] = (
         reports, inspection, verify, operation, lint, push, pull, listing, account, upcycling, estimate, training,
+        evaluation,
     )  # fmt: skip
     todo = [
         found

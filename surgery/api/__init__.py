@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from surgery.api.adapters import combine, convert, extract, merge, resize, restore, subtract, switch
 from surgery.api.calling import run_options
+from surgery.api.evaluation import evaluate, mixed_adapters, verdicts
 from surgery.api.looking import estimate, inspect, lint, verify
 from surgery.api.mixtures import dense, upcycle
 from surgery.api.registry import pull, push
@@ -21,10 +22,12 @@ __all__ = [
     "convert",
     "dense",
     "estimate",
+    "evaluate",
     "extract",
     "inspect",
     "lint",
     "merge",
+    "mixed_adapters",
     "pull",
     "push",
     "resize",
@@ -34,5 +37,6 @@ __all__ = [
     "switch",
     "train",
     "upcycle",
+    "verdicts",
     "verify",
 ]

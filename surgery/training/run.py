@@ -252,14 +252,15 @@ def _report(
         precision={"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
         device=accelerator.device.type,
         processes=accelerator.num_processes,
-        data=_described(subject.examples, options.data),
-        eval_data=None if held_out is None else _described(held_out, options.eval_data or options.data),
+        data=describe_data(subject.examples, options.data),
+        eval_data=None if held_out is None else describe_data(held_out, options.eval_data or options.data),
         dry_run=dry_run,
         notes=tuple(_notes(subject, options)),
     )
 
 
-def _described(examples: Examples, source: str) -> DataReport:
+def describe_data(examples: Examples, source: str) -> DataReport:
+    """What a report says of data."""
     every = range(len(examples))
     rows = {int(examples.pieces[piece, 0]) for item in examples.items for piece in item}
     return DataReport(

@@ -44,15 +44,15 @@ def make_subject(start: Start, options: TrainOptions, accelerator: Any) -> Subje
     checkpoint = start.checkpoint
     assert checkpoint.path is not None
     folder = checkpoint.path
-    config = _config(checkpoint)
+    config = read_config(checkpoint)
     with accelerator.main_process_first():  # which leaves tokens in the cache of `datasets` for the others
         rows = read_rows(options.data)
         task = find_task(config, rows.kind, checkpoint.label, options.data, options.task)
         labels = find_labels(rows, config) if task.classifies else None
         tokenizer = None
-        if rows.kind != "image" and not (rows.kind == "tokens" and not _has_tokenizer(folder, options)):
+        if rows.kind != "image" and not (rows.kind == "tokens" and not has_tokenizer(folder, options)):
             tokenizer = load_tokenizer(folder, options)
-        read = partial(_examples, task=task, tokenizer=tokenizer, labels=labels, config=config, options=options)
+        read = partial(examples_of, task=task, tokenizer=tokenizer, labels=labels, config=config, options=options)
         examples, held_out = read(rows), None
         if options.eval_data is not None:
             other = read_rows(options.eval_data)
@@ -78,7 +78,7 @@ def make_subject(start: Start, options: TrainOptions, accelerator: Any) -> Subje
     schedule = schedule_of(examples, options, accelerator.num_processes)
     steps = options.steps or math.ceil((options.epochs or 1.0) * schedule.steps_per_epoch)
     parameters = sum(parameter.numel() for parameter in prepared.model.parameters())
-    batch = _batches(task, tokenizer, folder, config, labels, options)
+    batch = batches_of(task, tokenizer, folder, config, labels, options)
     return Subject(checkpoint, task, prepared, tokenizer, examples, held_out, batch, steps, parameters, grown)
 
 
@@ -100,9 +100,10 @@ def _prepare(model: Any, start: Start, options: TrainOptions) -> Prepared:
     return continue_method(model, start.adapter, options.learning_rate)
 
 
-def _examples(
+def examples_of(
     rows: Rows, task: Task, tokenizer: Any, labels: Labels | None, config: Any, options: TrainOptions
 ) -> Examples:
+    """Examples for a task of rows as they are stored."""
     if rows.kind == "image":
         assert labels is not None
         return image_examples(rows, labels)
@@ -120,7 +121,7 @@ def _refuse_packing(config: Any) -> None:
         raise OptionError("--packing puts examples into one row, and with expert choice the tokens of a row compete.")
 
 
-def _batches(
+def batches_of(
     task: Task, tokenizer: Any, folder: Path, config: Any, labels: Labels | None, options: TrainOptions
 ) -> Any:
     """What makes the tensors of some items."""
@@ -133,7 +134,8 @@ def _batches(
     return partial(batches.text_batch, padding=padding, packed=options.packing)
 
 
-def _config(checkpoint: Checkpoint) -> Any:
+def read_config(checkpoint: Checkpoint) -> Any:
+    """The config of a checkpoint on disk, as transformers has it. Raises `InputError` for a model it does not know."""
     transformers = transformers_package()
     if checkpoint.model_type.startswith("upcycled_"):
         import surgery.moe  # noqa: F401 - registers the classes
@@ -141,10 +143,9 @@ def _config(checkpoint: Checkpoint) -> Any:
         return transformers.AutoConfig.from_pretrained(checkpoint.path)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(
-            f"{checkpoint.label} cannot be trained: transformers has no model for it ({reason})."
-        ) from error
+        raise InputError(f"{checkpoint.label} cannot be run: transformers has no model for it ({reason}).") from error
 
 
-def _has_tokenizer(folder: Path, options: TrainOptions) -> bool:
+def has_tokenizer(folder: Path, options: TrainOptions) -> bool:
+    """Whether there is a tokenizer, in the checkpoint or by the options."""
     return options.tokenizer is not None or (folder / "tokenizer_config.json").is_file()

@@ -113,6 +113,18 @@ EXPECTED: dict[str, tuple[list[str], list[str]]] = {
             for what in ("tokens a second", "tokens a second of processor", "largest difference of 20 losses")
         ],
     ),
+    "mixed": (
+        [],
+        [
+            figure
+            for tokens in (32, 128)
+            for figure in (
+                f"CPU against the base alone, {tokens} tokens a row",
+                f"CPU against PEFT's adapter_names, {tokens} tokens a row",
+                f"difference from one at a time, {tokens} tokens a row",
+            )
+        ],
+    ),
     "startup": (["surgery --help", "python -c 'import click'"], ["CPU against click"]),
 }
 
@@ -146,7 +158,7 @@ def test_every_benchmark_runs_and_leaves_its_rows(name: str, folder: Path) -> No
     for row in found["rows"]:
         # What is not a matter of time holds for tiny models too.
         if row["figure"].startswith(
-            ("largest error", "tensors with", "dW from", "truncation error", "largest difference")
+            ("largest error", "tensors with", "dW from", "truncation error", "largest difference", "difference from")
         ):
             assert row["met"] is not False, row
         if row["figure"].startswith("tensors restored"):

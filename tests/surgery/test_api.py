@@ -18,6 +18,7 @@ from surgery.keywords import (
     CombineKeywords,
     ConvertKeywords,
     DenseKeywords,
+    EvaluateKeywords,
     ExtractKeywords,
     MergeKeywords,
     ResizeKeywords,
@@ -54,6 +55,17 @@ VERBS: dict[str, tuple[Any, type | None, set[str]]] = {
 
 # Keywords that are no part of what is made.
 MEASURING = {"upcycle": {"verify", "text"}}
+
+
+def test_keywords_of_evaluate_are_its_options() -> None:
+    from surgery.evaluation.options import EvalOptions, EvalSettings
+
+    fields = {field.name for options in (EvalOptions, EvalSettings) for field in dataclasses.fields(options)}
+    assert names_of(EvaluateKeywords) == fields - {"data"}
+    listed = re.findall(r"^ {12}(\w+): \S", surgery.evaluate.__doc__ or "", re.MULTILINE)
+    assert set(listed) == names_of(EvaluateKeywords)
+    with pytest.raises(TypeError, match=r"evaluate\(\) has no keyword 'generated'\. Did you mean 'generate'\?"):
+        surgery.evaluate("base", data="x", generated="y")  # type: ignore[call-arg]
 
 
 # What and how to train are one list of keywords, with those that say how to run.
