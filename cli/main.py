@@ -40,6 +40,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "surgery.cli.training:train",
         "Train a checkpoint, or an adapter of one, on texts, prompts, chats, labels or pictures.",
     ),
+    "analyze": (
+        "surgery.cli.analysis:analyze",
+        "Say how adapters relate to the weights they are for, or what the weights are.",
+    ),
     "verify": ("surgery.cli.look:verify", "Check an output against its provenance, or compare two checkpoints."),
     "push": ("surgery.cli.hub:push", "Check a model or an adapter and commit it to a registry."),
     "pull": ("surgery.cli.hub:pull", "Fetch a model or an adapter from a registry into a folder."),

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from surgery import operation, reports
+from surgery.analysis import report as analysis
 from surgery.cli.main import COMMANDS
 from surgery.hub import account, listing, pull, push
 from surgery.ops import inspection, lint, verify
@@ -130,6 +131,7 @@ def _reported() -> list[type]:
     """Every dataclass that `--json` can print: the reports, and what they hold."""
     modules: tuple[types.ModuleType, ...] = (
         reports, inspection, verify, operation, lint, push, pull, listing, account, upcycling, estimate, training,
+        analysis,
     )  # fmt: skip
     todo = [
         found
