@@ -42,6 +42,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "eval": ("surgery.cli.evaluation:evaluate", "Evaluate a checkpoint, and many adapters on it in one pass."),
     "verdicts": ("surgery.cli.evaluation:verdicts", "Count a judge's verdicts on blinded pairs of answers."),
+    "analyze": (
+        "surgery.cli.analysis:analyze",
+        "Say how adapters relate to the weights they are for, or what the weights are.",
+    ),
     "verify": ("surgery.cli.look:verify", "Check an output against its provenance, or compare two checkpoints."),
     "push": ("surgery.cli.hub:push", "Check a model or an adapter and commit it to a registry."),
     "pull": ("surgery.cli.hub:pull", "Fetch a model or an adapter from a registry into a folder."),

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from surgery.cli.render_adapters import extraction, merged, restored
 from surgery.cli.render_algebra import combination
+from surgery.cli.render_analysis import analyzed
 from surgery.cli.render_dense import downcycled
 from surgery.cli.render_estimate import estimated
 from surgery.cli.render_evaluation import evaluated, judged
@@ -21,6 +22,7 @@ from surgery.cli.tables import Reported, show
 # By the name of the report's class, so that nothing is imported to look it up.
 DRAWINGS: dict[str, Callable[[Console, Any, bool], None]] = {
     "AdapterReport": adapter,
+    "AnalyzeReport": analyzed,
     "CheckpointReport": checkpoint,
     "CombineReport": combination,
     "CompareReport": compared,

@@ -28,7 +28,7 @@ from surgery.cli.main import COMMANDS, cli, run
 
 ROOT = Path(__file__).parents[1]
 # Pages whose blocks are run.
-PAGES = ("README.md", "docs/evaluation.md", "docs/json.md", "docs/upcycling.md")
+PAGES = ("README.md", "docs/evaluation.md", "docs/json.md", "docs/upcycling.md", "docs/analysis.md")
 # As wide as a terminal is at least.
 COLUMNS = 80
 

@@ -9,6 +9,7 @@ Importing this imports neither torch nor numpy.
 """
 
 from surgery.api import (
+    analyze,
     combine,
     convert,
     dense,
@@ -56,6 +57,7 @@ __all__ = [
     "SurgeryError",
     "UnsupportedError",
     "__version__",
+    "analyze",
     "combine",
     "convert",
     "dense",

@@ -271,6 +271,29 @@ class EvaluateKeywords(TypedDict, total=False):
     progress: Progress | None
 
 
+class AnalyzeKeywords(TypedDict, total=False):
+    """What to look at, see `surgery.analysis.analyze.AnalyzeOptions`, and how to run.
+
+    Attributes:
+        plot: a picture to write, `.png` or `.html`.
+        overwrite: replace a picture that is there.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        threads: matrices at a time.
+        progress: told about the bytes as they pass.
+    """
+
+    targets: str | None
+    layers: str
+    directions: int
+    values: int
+    seed: int
+    plot: str | os.PathLike[str] | None
+    overwrite: bool
+    device: str
+    threads: int | None
+    progress: Progress | None
+
+
 class VerifyKeywords(TypedDict, total=False):
     """How to compare, and how to run what only looks.
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from surgery import operation, reports
+from surgery.analysis import report as analysis
 from surgery.cli.main import COMMANDS
 from surgery.evaluation import report as evaluation
 from surgery.hub import account, listing, pull, push
@@ -132,6 +133,7 @@ def _reported() -> list[type]:
     modules: tuple[types.ModuleType, ...] = (
         reports, inspection, verify, operation, lint, push, pull, listing, account, upcycling, estimate, training,
         evaluation,
+        analysis,
     )  # fmt: skip
     todo = [
         found

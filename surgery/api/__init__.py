@@ -12,12 +12,13 @@ from __future__ import annotations
 from surgery.api.adapters import combine, convert, extract, merge, resize, restore, subtract, switch
 from surgery.api.calling import run_options
 from surgery.api.evaluation import evaluate, mixed_adapters, verdicts
-from surgery.api.looking import estimate, inspect, lint, verify
+from surgery.api.looking import analyze, estimate, inspect, lint, verify
 from surgery.api.mixtures import dense, upcycle
 from surgery.api.registry import pull, push
 from surgery.api.training import train
 
 __all__ = [
+    "analyze",
     "combine",
     "convert",
     "dense",

@@ -1,4 +1,4 @@
-"""The verbs that write nothing: inspect, lint, verify, estimate."""
+"""The verbs that write no model: inspect, lint, verify, analyze, estimate."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
-from surgery.api.calling import check_keywords, split
+from surgery.api.calling import check_keywords, resolved, split
 from surgery.errors import OptionError
-from surgery.keywords import EstimateKeywords, MethodKeywords, VerifyKeywords
+from surgery.keywords import AnalyzeKeywords, EstimateKeywords, MethodKeywords, VerifyKeywords
 
 if TYPE_CHECKING:
     from surgery.adapter import Adapter
-    from surgery.api.calling import CheckpointLike
+    from surgery.analysis.report import AnalyzeReport
+    from surgery.api.calling import AdapterLike, CheckpointLike
     from surgery.ops.inspection import AdapterReport, CheckpointReport
     from surgery.ops.lint import LintReport
     from surgery.ops.verify import CompareReport, VerifyReport
@@ -70,6 +71,45 @@ def verify(
     pair = resolve_checkpoint(left), resolve_checkpoint(right)
     report = compare(*pair, settings)
     return with_logits(report, *pair, keywords.get("seed", 0)) if logits else report
+
+
+def analyze(base: CheckpointLike, *adapters: AdapterLike, **keywords: Unpack[AnalyzeKeywords]) -> AnalyzeReport:
+    """Say how adapters relate to the weights they are for: spectra, shared subspaces, amplification (LoRA, section 7).
+
+    Without an adapter, say what the weights are themselves: their singular values and effective ranks. dW stays in its
+    factors; of the base one matrix at a time is in memory for each thread.
+
+    Args:
+        base: the checkpoint.
+        *adapters: for it, each with an optional weight; every two of them are compared.
+        **keywords:
+            targets: which matrices, as `--targets`; by default those that the adapters act on, or all linear layers.
+            layers: `all` (the default), `last:N`, `last:half`, `every:N`, or a list such as `0,4-7`.
+            directions: phi(i, j) is told for i and j up to this; 8 by default.
+            values: how many singular values of a matrix are listed, about; 64 by default.
+            seed: of the randomised SVD that finds the leading directions of a large weight.
+            plot: a picture to write, `.png` or `.html`.
+            overwrite: replace a picture that is there.
+            device: `cpu` (the default), `cuda`, `cuda:N`, or `auto`.
+            threads: matrices at a time.
+            progress: told about the bytes as they pass.
+
+    Raises:
+        OptionError: a choice that names nothing.
+        MismatchError: an adapter of another base.
+        UnsupportedError: an adapter whose change is no product of factors, such as a DoRA.
+        NonFiniteError: NaN or infinity in a matrix.
+        OutputError: a picture that exists or cannot be written.
+        MissingExtraError: a PNG without matplotlib.
+    """
+    from surgery.analysis.analyze import AnalyzeOptions
+    from surgery.analysis.analyze import analyze as run_analyze
+
+    check_keywords("analyze", keywords, AnalyzeKeywords)
+    run, options = split(keywords)
+    plot = options.pop("plot", None)
+    found = resolved("BASE", base, adapters)
+    return run_analyze(*found, AnalyzeOptions(**options), run.settings, plot, run.overwrite)
 
 
 def estimate(checkpoint: CheckpointLike, **keywords: Unpack[EstimateKeywords]) -> EstimateReport:

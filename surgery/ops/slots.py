@@ -113,7 +113,7 @@ def name_nonfinite(io: Reader, slot: Slot) -> None:
 def gather(adapters: Sequence[Adapter]) -> dict[str, Slot]:
     """Every module that an adapter has factors for, in natural order. Raises `MismatchError` naming all that clash."""
     for adapter in adapters:
-        _refuse(adapter)
+        check_factored(adapter)
     slots: dict[str, Slot] = {}
     problems: list[str] = []
     for number, adapter in enumerate(adapters):
@@ -137,7 +137,8 @@ def gather(adapters: Sequence[Adapter]) -> dict[str, Slot]:
     return {name: slots[name] for name in sorted(slots, key=natural_key)}
 
 
-def _refuse(adapter: Adapter) -> None:
+def check_factored(adapter: Adapter) -> None:
+    """Raise `UnsupportedError` for an adapter whose change is no product of factors, by name and with the remedy."""
     dora = next((lora for lora in adapter.loras if lora.magnitude is not None), None)
     if dora is not None or adapter.config.get("use_dora"):
         where = f" (at {dora.module!r})" if dora else ""

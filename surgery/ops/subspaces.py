@@ -49,7 +49,8 @@ def effective_rank(S: torch.Tensor) -> float:
     total = float(S.sum())
     if total == 0.0:
         return 0.0
-    shares = S[S > 0].double() / total
+    shares = S.double() / total
+    shares = shares[shares > 0]  # after the division, in which the smallest can vanish
     return math.exp(-float((shares * shares.log()).sum()))
 
 

@@ -28,6 +28,7 @@ from surgery.training.evaluation import evaluate, predictions_of, silenced
 from surgery.training.examples import Examples
 from surgery.training.rates import make_optimizer, rate
 from surgery.training.routers import Routers
+from surgery.training.sharding import gathered, is_sharded, whole
 from surgery.training.tasks import model_inputs
 from surgery.training.work import Line, Work, schedule_of
 
@@ -48,8 +49,10 @@ class Loop:
         self.routers = Routers.of(work.prepared.model, options.router_aux_loss, options.router_z_loss)
         groups = work.prepared.optimizer_groups(options.weight_decay)
         self.peaks = [group["lr"] for group in groups]
-        self.trained = [parameter for group in groups for parameter in group["params"]]
         self.model, self.optimizer = accelerator.prepare(work.prepared.model, make_optimizer(groups, options))
+        # After that, since a model that is spread over processes has other parameters.
+        self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.sharded = any(map(is_sharded, self.trained))
         self.stopping = False
         self.resumed = 0
         self.loss = self._zero()  # of this process, over the passes of the step so far
@@ -89,7 +92,7 @@ class Loop:
             if not last and self._must_stop(within=True):
                 self._interrupt(begun)
         loss = self._sum(self.loss)
-        norm = float(self.accelerator.clip_grad_norm_(self.trained, options.max_grad_norm or math.inf))
+        norm = float(whole(self.accelerator.clip_grad_norm_(self.trained, options.max_grad_norm or math.inf)))
         self._check_finite(loss, norm, window)
         rates = [peak * rate(position.step, work.steps, options) for peak in self.peaks]
         for group, value in zip(self.optimizer.param_groups, rates, strict=True):
@@ -183,8 +186,10 @@ class Loop:
         position.eval_loss = found["eval_loss"]
         if position.best_loss is None or found["eval_loss"] < position.best_loss:
             position.best_loss, position.best_step, position.stale = found["eval_loss"], position.step, 0
-            if self.work.options.keep == "best" and self.accelerator.is_main_process:
-                state.save_best(self.work.root, state.weights_of(self.work.prepared.model))
+            if self.work.options.keep == "best":
+                weights = gathered(state.weights_of(self.work.prepared.model), self.accelerator.is_main_process)
+                if self.accelerator.is_main_process:
+                    state.save_best(self.work.root, weights)
         else:
             position.stale += 1
         self._write({"step": position.step, **found})
@@ -192,6 +197,20 @@ class Loop:
     def _patience_is_over(self) -> bool:
         patience = self.work.options.patience
         return patience is not None and self.position.stale >= patience
+
+    def weights(self) -> dict[str, torch.Tensor] | None:
+        """What is to be written of a model that is spread over processes, by its names; None for one that is not.
+
+        Every process must ask; the first one gets the tensors, those of the best evaluation where these are kept.
+        """
+        if not self.sharded:
+            return None
+        main = self.accelerator.is_main_process
+        found = gathered(self.work.prepared.model.state_dict(keep_vars=True), main)
+        if main and self.work.options.keep == "best" and self.position.best_loss is not None:
+            for name, tensor in state.load_best(self.work.root).items():
+                found[name].copy_(tensor)
+        return found
 
     # The log ----------------------------------------------------------------------------------------------------------
 
@@ -243,10 +262,13 @@ class Loop:
         if self.routers is not None:
             own |= {f"router/{name}": sums for name, sums in self.routers.sums.items()}
         own |= {"sum/loss": self.loss, "sum/aux": self.aux, "sum/z": self.z}
+        common = {f"weight/{name}": tensor for name, tensor in state.weights_of(self.work.prepared.model).items()}
+        common |= {f"optimizer/{n}": tensor for n, tensor in state.optimizer_tensors(self.optimizer).items()}
+        if self.sharded:
+            own, common = own | common, {}
         main = None
         if self.accelerator.is_main_process:
-            main = {f"weight/{name}": tensor for name, tensor in state.weights_of(self.work.prepared.model).items()}
-            main |= {f"optimizer/{n}": tensor for n, tensor in state.optimizer_tensors(self.optimizer).items()}
+            main = common
             if self.accelerator.scaler is not None:
                 main |= {f"scaler/{n}": _tensor(v) for n, v in self.accelerator.scaler.state_dict().items()}
         process = self.accelerator.process_index
@@ -255,8 +277,9 @@ class Loop:
     def _load(self) -> state.Position:
         self.position, main, own = state.load(self.work.root, self.accelerator.process_index)
         model = self.work.prepared.model
-        state.put_weights(model, _below(main, "weight/"))
-        state.put_optimizer(self.optimizer, _below(main, "optimizer/"))
+        common = own if self.sharded else main
+        state.put_weights(model, _below(common, "weight/"))
+        state.put_optimizer(self.optimizer, _below(common, "optimizer/"))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict({n: t.item() for n, t in _below(main, "scaler/").items()})
         gradients = _below(own, "gradient/")

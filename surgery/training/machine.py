@@ -20,7 +20,6 @@ def accelerated(options: TrainOptions, device: str, trackers: Sequence[str]) -> 
     import torch
     from accelerate.accelerator import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
-    from accelerate.utils import DistributedType
 
     named = [check_tracker(name) for name in trackers]
     if device not in ("auto", "cpu"):
@@ -42,18 +41,64 @@ def accelerated(options: TrainOptions, device: str, trackers: Sequence[str]) -> 
         log_with=named or None,
         project_dir=None if not named else os.getcwd(),
     )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise UnsupportedError(
-            f"Training over {str(accelerator.distributed_type).rpartition('.')[2]} is not there yet; launch it as "
-            "data-parallel processes, as examples/accelerate/ddp.yaml has it."
-        )
     try:
+        _shard_on_cpus(accelerator)
+        check_kind(accelerator)
         yield accelerator
     finally:
         if not launched:
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
             PartialState._reset_state()
+
+
+def _shard_on_cpus(accelerator: Any) -> None:
+    """Shard the model where that was asked for and there are no GPUs.
+
+    accelerate's own code for it runs on CPUs, but is reached on GPUs only: it would train data-parallel in silence.
+    """
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+        return
+    if accelerator.distributed_type == DistributedType.MULTI_CPU:
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        accelerator.state.distributed_type = DistributedType.FSDP
+
+
+def check_kind(accelerator: Any) -> None:
+    """Make sharding ready. Raises `UnsupportedError` for processes that share a model in a way not known here."""
+    from accelerate.utils import DistributedType
+
+    kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise UnsupportedError(
+                "Training over FSDP1 is not there; set fsdp_version: 2, as examples/accelerate/fsdp2.yaml has it."
+            )
+        if accelerator.mixed_precision == "fp16":
+            raise UnsupportedError("--precision fp16 does not go with FSDP2; use bf16 or fp32.")
+        if accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+            raise UnsupportedError(
+                "fsdp_cpu_ram_efficient_loading leaves all processes but the first without weights, which methods and "
+                "fresh heads need; set it to false, as examples/accelerate/fsdp2.yaml has it."
+            )
+        _reduce_in_float32(accelerator)
+    elif kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise UnsupportedError(
+            f"Training over {str(kind).rpartition('.')[2]} is not there; shard the model with FSDP2, as "
+            "examples/accelerate/fsdp2.yaml has it, or launch data-parallel processes, as ddp.yaml has them."
+        )
+
+
+def _reduce_in_float32(accelerator: Any) -> None:
+    """Compute in bfloat16 if that is asked for, but add up gradients in float32, as a single process does."""
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if accelerator.mixed_precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
 
 def check_tracker(name: str) -> str:

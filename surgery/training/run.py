@@ -102,10 +102,10 @@ def _train(
     set_seed(options.seed, device_specific=accelerator.num_processes > 1)
     loop = Loop(work, accelerator)
     position = loop.run(bool(resume_all))
-    written = position.step
+    written, weights = position.step, loop.weights()
     if options.keep == "best" and position.best_loss is not None:
         written = position.best_step
-        if staging is not None:  # the first process writes
+        if staging is not None and weights is None:  # the first process writes
             state.put_weights(subject.prepared.model, state.load_best(root))
     report = replace(
         _report(subject, options, accelerator, target),
@@ -121,7 +121,7 @@ def _train(
         resumed=loop.resumed,
     )
     if staging is not None:
-        _finish(subject, start, staging, root, options, settings, report)
+        _finish(subject, start, staging, root, options, settings, report, weights)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return report
@@ -142,6 +142,7 @@ def _identity(subject: Subject, start: Start, options: TrainOptions, accelerator
         "the data": subject.examples.rows.digest,
         "the held-out data": subject.held_out.rows.digest if subject.held_out is not None else None,
         "the number of processes": accelerator.num_processes,
+        "sharding": "fsdp2" if accelerator.is_fsdp2 else None,
         "the device": accelerator.device.type,
     }
 
@@ -160,13 +161,14 @@ def _finish(
     options: TrainOptions,
     settings: TrainSettings,
     report: TrainReport,
+    weights: Mapping[str, torch.Tensor] | None,
 ) -> None:
     """Write weights, tokenizer, log, pictures, card and provenance; then the output appears."""
     checkpoint, files = subject.checkpoint, staging.files
     shutil.rmtree(files, ignore_errors=True)
     (files / "training").mkdir(parents=True)
     with state.full_disk(root):
-        subject.prepared.save(files, _save_dtype(checkpoint, options))
+        subject.prepared.save(files, _save_dtype(checkpoint, options), weights)
         if subject.tokenizer is not None and (subject.grown or options.tokenizer or options.chat_template):
             subject.tokenizer.save_pretrained(files)
         shutil.copyfile(root / "log.jsonl", files / "training" / "log.jsonl")

@@ -7,6 +7,7 @@
         <step>-<pass>/       main.safetensors (weights, optimiser), process-<r>.safetensors (gradients, random numbers)
         best.safetensors     the weights of the best evaluation
 
+Weights and optimiser of a model that is spread over processes are in the files of the processes, each its shards.
 A folder is complete before `latest.json` names it, and the one before is removed after that. Tensors only, no pickles.
 """
 
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import FormatError, OptionError, OutputError
+from surgery.training.sharding import like, shard
 from surgery.writer import staging_folder
 
 if TYPE_CHECKING:
@@ -164,13 +166,13 @@ def weights_of(model: Any) -> Tensors:
 
 
 def put_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Copy weights into a model, in place."""
+    """Copy weights into a model, in place; into one that is spread over processes, the shards of this one."""
     import torch
 
     places = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
         for name, tensor in tensors.items():
-            places[name].copy_(tensor)
+            shard(places[name]).copy_(tensor)
 
 
 def optimizer_tensors(optimizer: Any) -> Tensors:
@@ -186,10 +188,11 @@ def optimizer_tensors(optimizer: Any) -> Tensors:
 
 def put_optimizer(optimizer: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     """Give the optimiser its memory back; learning rates are set before every step."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         number, _, key = name.partition("/")
-        state.setdefault(int(number), {})[key] = tensor
+        state.setdefault(int(number), {})[key] = like(parameters[int(number)], tensor)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -251,12 +254,12 @@ def full_disk(root: Path) -> Iterator[None]:
 
 
 def _write(path: Path, tensors: Tensors) -> None:
-    """Write tensors to a file that appears whole."""
+    """Write tensors to a file that appears whole; of those that are spread over processes, what is here."""
     from safetensors.torch import save_file
 
     temporary = path.with_name(path.name + ".part")
     try:
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)
+        save_file({n: shard(tensor).detach().cpu().contiguous().clone() for n, tensor in tensors.items()}, temporary)
         _sync(temporary)
         os.replace(temporary, path)
     finally:

@@ -54,6 +54,8 @@ LOOKING: dict[str, tuple[str, ...]] = {
     "inspect an adapter": ("inspect", "adapter"),
     "verify": ("verify", "merged"),
     "verify two": ("verify", "base", "base"),
+    "analyze": ("analyze", "base", "adapter", "adapter=0.5"),
+    "analyze weights": ("analyze", "base", "--targets", "q_proj"),
 }
 
 
@@ -103,6 +105,8 @@ FAILING: dict[str, tuple[list[str], int, list[str]]] = {
     "the target exists": (["merge", "base", "adapter", "-o", "merged"], 1, ["merged exists already; pass --overwrite"]),
     "into an input": (["merge", "base", "adapter", "-o", "base/out"], 1, ["base/out lies inside the base base"]),
     "no record": (["subtract", "merged", "-o", "OUT"], 1, ["merged has no undo record", "name the adapters"]),
+    "a picture of another kind": (["analyze", "base", "--plot", "x.gif"], 2, ["ends in .png or .html"]),
+    "no layer": (["analyze", "base", "--layers", "99"], 2, ["names layer 99, but the model has the layers 0 to"]),
     "no provenance": (["verify", "base"], 1, ["base has no surgery.json"]),
     "two kinds of rank": (
         ["extract", "base", "tuned", "--rank", "2", "--energy", "0.5", "-o", "OUT"],

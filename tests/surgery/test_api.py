@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 import surgery
+from surgery.analysis.analyze import AnalyzeOptions
 from surgery.errors import InputError, OptionError
 from surgery.keywords import (
+    AnalyzeKeywords,
     CombineKeywords,
     ConvertKeywords,
     DenseKeywords,
@@ -51,10 +53,11 @@ VERBS: dict[str, tuple[Any, type | None, set[str]]] = {
     "convert": (ConvertKeywords, ConvertOptions, {"to"}),
     "upcycle": (UpcycleKeywords, UpcycleOptions, set()),
     "dense": (DenseKeywords, DenseOptions, set()),
+    "analyze": (AnalyzeKeywords, AnalyzeOptions, set()),
 }
 
 # Keywords that are no part of what is made.
-MEASURING = {"upcycle": {"verify", "text"}}
+MEASURING = {"upcycle": {"verify", "text"}, "analyze": {"plot"}}
 
 
 def test_keywords_of_evaluate_are_its_options() -> None:
@@ -112,7 +115,7 @@ def test_an_unknown_keyword_is_named(verb: str, tmp_path: Path) -> None:
     arguments = {"switch": ["a", "b", "c"], "resize": ["a"], "convert": ["a"], "upcycle": ["a"], "dense": ["a"]}.get(
         verb, ["a", "b"]
     )
-    target: dict[str, object] = {} if verb == "verify" else {"output": tmp_path / "out"}
+    target: dict[str, object] = {} if verb in ("verify", "analyze") else {"output": tmp_path / "out"}
     target |= {"to": "peft"} if verb == "convert" else {}
     with pytest.raises(TypeError) as caught:
         call(*arguments, **target, treads=2)

@@ -98,4 +98,5 @@ def test_effective_rank() -> None:
     assert effective_rank(torch.ones(7)) == pytest.approx(7)
     assert effective_rank(torch.tensor([3.0, 0.0])) == pytest.approx(1)
     assert effective_rank(torch.zeros(3)) == 0.0
+    assert effective_rank(torch.tensor([2.0, 5e-324], dtype=torch.float64)) == 1.0
     assert 1 < effective_rank(torch.tensor([2.0, 1.0, 0.5])) < 3
