@@ -262,8 +262,8 @@ def test_an_mlp_in_two_modules_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
         upcycled(dense, tmp_path / "lora", kind="lora")
     assert str(caught.value) == (
-        f"{dense.label} is a {name}, which cannot have routed LoRA experts: they need an MLP that is one module, and "
-        "in BERT and RoBERTa it is two; use --kind copy."
+        f"{dense.label} is of type {name}, which cannot have routed LoRA experts: they need an MLP that is one module, "
+        "and in BERT and RoBERTa it is two; use --kind copy."
     )
     assert not (tmp_path / "lora").exists()
 
