@@ -33,7 +33,7 @@ Examples:
 @click.option(
     "--adapter-field",
     metavar="NAME",
-    help="Column that names each row's adapter.  [default: adapter, where there is one]",
+    help="Column that names each row's adapter; '' for none.  [default: adapter, if there is one]",
 )
 @click.option("--against", metavar="PATH", help="Another checkpoint, or another adapter on CHECKPOINT.")
 @click.option(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from surgery.api.calling import check_keywords
+from surgery.errors import InputError
 from surgery.keywords import EvaluateKeywords
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def evaluate(
             `pairwise`.
         **keywords:
             task: one of `TASKS`; told from checkpoint and data where it is None.
-            adapter_field: the column that names each row's adapter; where it is None, `adapter` if there is one.
+            adapter_field: the column that names each row's adapter; where it is None, `adapter` if there is one, and
+                where it is empty, none.
             loss: `auto` for figures of what the model is to say (completions, the assistant's turns), `all` for all.
             tokenizer: a folder or id to take the tokenizer from, instead of the checkpoint.
             chat_template: a Jinja file instead of the tokenizer's template.
@@ -70,6 +72,10 @@ def evaluate(
     run |= {name: Path(path) for name in paths if (path := given.pop(name, None)) is not None}
     settings = EvalSettings(progress=given.pop("progress", None) or NoProgress(), **run)
     options = EvalOptions(data=os.fspath(data), **given)
+    if _is_adapter(checkpoint):
+        raise InputError(
+            f"{checkpoint} is an adapter, and its base comes first: `surgery eval BASE --adapters {checkpoint} ...`."
+        )
     sources = [_adapter_source(adapter) for adapter in adapters]
     other: Any = against
     if isinstance(against, Adapter) or _is_adapter(against):

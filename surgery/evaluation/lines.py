@@ -9,7 +9,7 @@ from typing import Any
 from surgery.checkpoint import Checkpoint
 from surgery.errors import InputError, OptionError
 from surgery.evaluation.options import ADAPTER_FIELD, EvalOptions
-from surgery.evaluation.sources import AdapterSource, alone_by_model
+from surgery.evaluation.sources import AdapterSource, alone_by_model, other_base, stored_names
 from surgery.evaluation.subject import EvalSubject, brings_head, folder_name
 from surgery.training.reading import Rows
 
@@ -86,8 +86,9 @@ def sort_out(lines: Sequence[Line], model: Any, subject: EvalSubject) -> tuple[l
         reason = source.reason
         if source.adapter is not None:
             reason = reason or alone_by_model(source.adapter, model)
-            if not subject.has_head and not brings_head([*source.adapter.saved], model):
-                raise InputError(f"Neither {subject.checkpoint.label} nor {source.label} has a head for classes.")
+            notes += other_base(subject.checkpoint, source.adapter)
+        if not subject.has_head and not brings_head(stored_names(source), model):
+            raise InputError(f"Neither {subject.checkpoint.label} nor {source.label} has a head for classes.")
         kept.append(replace(line, reason=reason))
         if reason is not None:
             notes.append(f"{line.name} {reason}, so it has a pass of its own.")
@@ -113,7 +114,9 @@ def other_line(
 def find_adapter_field(rows: Rows, options: EvalOptions, adapters: bool) -> str | None:
     """The column that names each row's adapter, if there is one."""
     columns = rows.dataset.column_names
-    if options.adapter_field is None:
+    if not options.adapter_field:
+        if options.adapter_field is not None:
+            return None
         return ADAPTER_FIELD if adapters and ADAPTER_FIELD in columns else None
     if not adapters:
         raise OptionError("--adapter-field names a column of adapters; name them with --adapters.")

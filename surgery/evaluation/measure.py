@@ -21,7 +21,6 @@ from surgery.training.tasks import Task, model_inputs
 from surgery.training.text import UNSAID
 
 if TYPE_CHECKING:
-    import torch
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -122,7 +121,7 @@ def measure(
             with mixed.rows(names) if mixed is not None else contextlib.nullcontext():
                 outputs = model(**inputs, **(routers.call if routers else {}))
             if routers is not None:
-                routers.observe(outputs, placed.get("attention_mask"), names)
+                routers.observe(outputs, placed, names)
             _put(found, np.array(chosen), subject, outputs.logits, batch)
             if not np.isfinite(found.losses[chosen]).all():
                 bad = [items[i] for i, index in enumerate(chosen) if not np.isfinite(found.losses[index])]
@@ -227,12 +226,15 @@ class _Watch:
         """What the model is to be called with so that it tells."""
         return self._first.call if self._first is not None else {}
 
-    def observe(self, outputs: Any, mask: torch.Tensor | None, names: Sequence[str | None]) -> None:
+    def observe(self, outputs: Any, batch: Batch, names: Sequence[str | None]) -> None:
         if self._first is None:
             return
         from surgery.moe import Routing
 
-        routings = self._first.routings(outputs, mask)
+        routings = self._first.routings(outputs, batch.get("attention_mask"))
+        for layer, routing in routings.items():
+            if layer.startswith("decoder.") and routing.real is None:  # it reads the labels, one place later
+                routings[layer] = replace(routing, real=batch["labels"] != UNSAID)
         for name in dict.fromkeys(names):
             rows = [index for index, other in enumerate(names) if other == name]
             own = {

@@ -22,7 +22,8 @@ class EvalOptions:
     Attributes:
         data: a file, a folder, or a data set on the Hub, `name/repo[:split]`.
         task: one of `TASKS`; told from checkpoint and data where it is None.
-        adapter_field: the column that names each row's adapter; where it is None, `adapter` if there is one.
+        adapter_field: the column that names each row's adapter; where it is None, `adapter` if there is one, and where
+            it is empty, none.
         loss: `auto` for figures of what the model is to say (completions, the assistant's turns), `all` for all.
         tokenizer: a folder or id to take the tokenizer from, instead of the checkpoint.
         chat_template: a Jinja file instead of the tokenizer's template.

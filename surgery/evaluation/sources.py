@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from surgery.adapter import Adapter, Lora
+from surgery.checkpoint import Checkpoint
 from surgery.errors import InputError, MismatchError, OptionError, UnsupportedError, several
 from surgery.names import plain
 from surgery.ops.deltas import PlainReader
+from surgery.ops.fitting import fit
+from surgery.ops.kinship import refuse_by_probe
 from surgery.training.methods.folders import PROMPT_FOLDER, SETTINGS, read_own
+from surgery.training.methods.prepared import own_name
+from surgery.training.starting import adapter_files
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,27 @@ def alone_by_model(adapter: Adapter, model: Any) -> str | None:
 def _copies(adapter: Adapter) -> set[str]:
     """Weights stored whole beside their own factors: PEFT copies the base's embedding where it is targeted."""
     return {name for lora in adapter.loras if (name := f"{lora.module}.weight") in adapter.saved}
+
+
+def stored_names(source: AdapterSource) -> list[str]:
+    """The parameters that an adapter stores whole, by their names in the model."""
+    if source.adapter is not None:
+        return [*source.adapter.saved]
+    assert source.path is not None
+    return [own_name(name) for name in adapter_files(source.path).tensors]
+
+
+def other_base(checkpoint: Checkpoint, adapter: Adapter) -> list[str]:
+    """A sentence if hashes prove that an adapter was made for another base; it is evaluated all the same."""
+    try:
+        changes = fit(checkpoint, [adapter])
+    except InputError:
+        return []  # `fit` knows stored names, and what runs goes by those in memory
+    try:
+        refuse_by_probe(checkpoint, [adapter], changes)
+    except MismatchError as error:
+        return [error.message.replace("; --any-base takes it all the same", "")]
+    return []
 
 
 def is_conv1d(module: Any) -> bool:

@@ -104,6 +104,8 @@ def test_rows_on_adapters_of_their_own(place: Path, tmp_path: Path) -> None:
     )
     mean = sum((r.loss or 0) * r.predictions for r in report.lines[:-1]) / whole.predictions
     assert whole.loss == pytest.approx(mean, rel=1e-9)
+    every = evaluate(place, "own.jsonl", ("law",), adapter_field="")
+    assert [(line.name, line.examples) for line in every.lines] == [("base", 9), ("law", 9)]
     other = evaluate(place, "own.jsonl", ("law", "code"), adapter_field="tenant")
     assert [line.name for line in other.lines] == ["law", "all rows"]
     with pytest.raises(
@@ -178,6 +180,62 @@ def test_an_adapter_that_brings_the_head(place: Path, tmp_path: Path) -> None:
     assert report.lines[0].accuracy == pytest.approx(sum(a == r["label"] for a, r in zip(said, rows, strict=True)) / 10)
     with pytest.raises(surgery.InputError, match=r"Neither .*bert nor .*without has a head for classes\."):
         surgery.evaluate(base, data=data, adapters=[tmp_path / "without"], device="cpu")
+
+
+def test_adapters_on_a_mixture(tmp_path: Path) -> None:
+    """In one pass, routers are watched for each adapter; LoRA on experts, fused, has a pass of its own."""
+    base = making.checkpoint(tmp_path / "mixtral", "mixtral")
+    configs = {
+        "attention": LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+        "experts": LoraConfig(r=2, target_modules=["o_proj"], target_parameters=["experts.down_proj"]),
+    }
+    for name, config in configs.items():
+        write_adapter(making.model("mixtral"), config, tmp_path / name, scale=0.5)
+    data = making.texts(tmp_path / "t.jsonl", 5)
+    report = surgery.evaluate(base, data=data, adapters=[tmp_path / name for name in configs], device="cpu")
+    assert [line.reason for line in report.lines] == [
+        None, None, "acts on parameters that hold several experts (target_parameters)",
+    ]  # fmt: skip
+    for found, own in zip(report.lines, (None, *configs), strict=True):
+        model: Any = making.model("mixtral").eval()
+        if own is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = PeftModel.from_pretrained(model, str(tmp_path / own)).eval()
+        total, count, taken = 0.0, 0, torch.zeros(4)
+        for text in making.paragraphs()[:5]:
+            ids = torch.tensor([[*making.tokenizer()(text)["input_ids"], 0]])
+            with torch.no_grad():
+                outputs = model(input_ids=ids, labels=ids, output_router_logits=True)
+                plain = model(input_ids=ids, labels=ids)
+            total, count = total + float(plain.loss) * (ids.shape[1] - 1), count + ids.shape[1] - 1
+            taken += torch.bincount(outputs.router_logits[1].topk(2).indices.flatten(), minlength=4)
+        assert found.loss == pytest.approx(total / count, rel=2e-6)
+        assert found.load is not None
+        assert found.load["1"] == pytest.approx((taken / taken.sum()).tolist(), abs=1e-5)
+    assert report.lines[0].load != report.lines[1].load
+
+
+def test_adapters_of_another_base(place: Path, tmp_path: Path) -> None:
+    """By hashes on record, and it fits: a note. An adapter in the base's place: what to write instead."""
+    other, tuned = making.model(), making.model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+        for parameter in tuned.model.layers.parameters():
+            parameter.mul_(1.6)
+    making.checkpoint(tmp_path / "other", made=other)
+    making.checkpoint(tmp_path / "tuned", made=tuned)
+    surgery.extract(tmp_path / "other", tmp_path / "tuned", output=tmp_path / "made", rank=2)
+    report = surgery.evaluate(place / "base", data=place / "t.jsonl", adapters=[tmp_path / "made"], device="cpu")
+    assert len(report.notes) == 1
+    assert f"{tmp_path}/made was made for another base than {place}/base: tensor " in report.notes[0]
+    assert report.notes[0].endswith(" is not the one of other that its surgery.json has on record.")
+    assert report.lines[1].loss is not None
+    with pytest.raises(
+        surgery.InputError, match=r"law is an adapter, and its base comes first: `surgery eval BASE --ad"
+    ):
+        surgery.evaluate(place / "law", data=place / "t.jsonl")
 
 
 def test_another_peft_type(place: Path) -> None:

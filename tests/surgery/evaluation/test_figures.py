@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 import surgery
@@ -225,6 +226,29 @@ def test_routers(shipped: bool, tmp_path: Path) -> None:
             sums += float(-(shares * shares.log()).sum())
             tokens += ids.shape[1]
         assert found.router_entropy["0"] == pytest.approx(sums / tokens, rel=1e-5)
+
+
+def test_experts_do_not_see_padding(tmp_path: Path) -> None:
+    """Neither Switch's capacity nor experts that choose: figures are those of rows one at a time."""
+    making.model("switch").save_pretrained(tmp_path / "switch")
+    rows = [{"input_ids": [*range(1, n)], "labels": [*range(2, n // 2 + 3)]} for n in (4, 10, 6, 15, 8)]
+    tokens = making.jsonl(tmp_path / "ids.jsonl", rows)
+    bert = making.checkpoint(tmp_path / "bert", made=classifier(2))
+    surgery.upcycle(bert, experts=4, router="expert-choice", output=tmp_path / "moe", verify=False, hash=False)
+    weights = tmp_path / "moe" / "model.safetensors"
+    random = torch.Generator().manual_seed(0)
+    stored = {  # experts that are alike would not care who comes to them
+        name: tensor + 0.2 * torch.randn(tensor.shape, generator=random) if "experts" in name else tensor
+        for name, tensor in load_file(weights).items()
+    }
+    save_file(stored, weights, {"format": "pt"})
+    labelled = [{"text": text, "label": len(text) % 2} for text in making.paragraphs()[:9]]
+    for model, data in (("switch", tokens), ("moe", making.jsonl(tmp_path / "l.jsonl", labelled))):
+        alone, together = (line(tmp_path / model, data, batch_size=size) for size in (1, 9))
+        assert together.loss == pytest.approx(alone.loss, rel=NEAR)
+        assert together.load == alone.load
+        assert together.uncovered == alone.uncovered
+        assert together.router_entropy == pytest.approx(alone.router_entropy, rel=1e-5)
 
 
 # Bytes of tokens ------------------------------------------------------------------------------------------------------
