@@ -92,7 +92,7 @@ class Loop:
             if not last and self._must_stop(within=True):
                 self._interrupt(begun)
         loss = self._sum(self.loss)
-        norm = float(whole(self.accelerator.clip_grad_norm_(self.trained, options.max_grad_norm or math.inf)))
+        norm = self._clip()
         self._check_finite(loss, norm, window)
         rates = [peak * rate(position.step, work.steps, options) for peak in self.peaks]
         for group, value in zip(self.optimizer.param_groups, rates, strict=True):
@@ -109,6 +109,15 @@ class Loop:
         self._report(loss, norm, max(rates))
         self.loss, self.aux, self.z = self._zero(), self._zero(), self._zero()
         self._after()
+
+    def _clip(self) -> float:
+        """Scale the gradients down to the norm allowed; returns what it was."""
+        import torch
+
+        most = self.work.options.max_grad_norm or math.inf
+        # accelerate compares sharded parameters by value to find out whose they are, which fails in another order.
+        clip = torch.nn.utils.clip_grad_norm_ if self.sharded else self.accelerator.clip_grad_norm_
+        return float(whole(clip(self.trained, most)))
 
     def _pass(self, batch: Batch, predictions: int) -> None:
         """One forward and backward pass: the loss is this process's part of the step's mean."""
@@ -256,13 +265,14 @@ class Loop:
 
     def save(self) -> None:
         """Write the state, as it is between two forward passes."""
+        weights = state.weights_of(self.work.prepared.model)
         parameters = dict(self.work.prepared.model.named_parameters())
         own = {f"gradient/{name}": p.grad for name, p in parameters.items() if p.grad is not None}
         own |= {f"random/{name}": tensor for name, tensor in state.random_tensors().items()}
         if self.routers is not None:
             own |= {f"router/{name}": sums for name, sums in self.routers.sums.items()}
         own |= {"sum/loss": self.loss, "sum/aux": self.aux, "sum/z": self.z}
-        common = {f"weight/{name}": tensor for name, tensor in state.weights_of(self.work.prepared.model).items()}
+        common = {f"weight/{name}": tensor for name, tensor in weights.items()}
         common |= {f"optimizer/{n}": tensor for n, tensor in state.optimizer_tensors(self.optimizer).items()}
         if self.sharded:
             own, common = own | common, {}

@@ -57,17 +57,19 @@ def _shard_on_cpus(accelerator: Any) -> None:
 
     accelerate's own code for it runs on CPUs, but is reached on GPUs only: it would train data-parallel in silence.
     """
+    from accelerate.state import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
         return
     if accelerator.distributed_type == DistributedType.MULTI_CPU:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        accelerator.state.distributed_type = DistributedType.FSDP
+        # Both, as accelerate does: the one is written over by the other now and then.
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
 
 
 def check_kind(accelerator: Any) -> None:
-    """Make sharding ready. Raises `UnsupportedError` for processes that share a model in a way not known here."""
+    """Make sharding ready. Raises `UnsupportedError` where processes share a model in a way that is not known here."""
     from accelerate.utils import DistributedType
 
     kind = accelerator.distributed_type

@@ -158,8 +158,9 @@ def load_best(root: Path) -> Tensors:
 
 def weights_of(model: Any) -> Tensors:
     """Everything of a model that training changes: trainable parameters and buffers that it stores, by name."""
-    parameters = dict(model.named_parameters())
+    # First, since it takes back what an evaluation has gathered of a sharded model, which frees those parameters.
     stored = model.state_dict()
+    parameters = dict(model.named_parameters())
     found = {name: parameter.detach() for name, parameter in parameters.items() if parameter.requires_grad}
     buffers = {name for name, _ in model.named_buffers()}
     return found | {name: stored[name] for name in stored if name in buffers}

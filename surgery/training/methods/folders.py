@@ -31,7 +31,7 @@ def save_checkpoint(model: Any, folder: Path, dtype: torch.dtype | None, state: 
     """The whole model, as transformers stores it; in `dtype`, if one is given, which changes the model."""
     if dtype is not None:
         model.to(dtype)
-        state = state and {n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}
+        state = state and _converted(state, dtype)
     model.save_pretrained(folder, state_dict=None if state is None else dict(state))
 
 
@@ -108,6 +108,15 @@ def put_own(model: Any, folder: Path) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
+
+
+def _converted(state: State, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Floats in another dtype; a tensor under several names (tied weights) stays one, and is written once."""
+    made: dict[int, torch.Tensor] = {}
+    for tensor in state.values():
+        if id(tensor) not in made:
+            made[id(tensor)] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return {name: made[id(tensor)] for name, tensor in state.items()}
 
 
 def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
