@@ -124,6 +124,7 @@ def test_weights_of_adapters(place: Path) -> None:
         surgery.evaluate(place / "base", data=place / "t.jsonl", adapters=[(place / "dora", 0.5)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["adapter-h", "prompt", "infix", "prefix", "lora+prompt"])
 def test_other_methods_have_passes_of_their_own(method: str, place: Path) -> None:
     """The figures are those of the model that `apply_method` has made, asked directly."""
@@ -182,6 +183,7 @@ def test_an_adapter_that_brings_the_head(place: Path, tmp_path: Path) -> None:
         surgery.evaluate(base, data=data, adapters=[tmp_path / "without"], device="cpu")
 
 
+@pytest.mark.slow
 def test_adapters_on_a_mixture(tmp_path: Path) -> None:
     """In one pass, routers are watched for each adapter; LoRA on experts, fused, has a pass of its own."""
     base = making.checkpoint(tmp_path / "mixtral", "mixtral")

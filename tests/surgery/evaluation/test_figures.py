@@ -228,6 +228,7 @@ def test_routers(shipped: bool, tmp_path: Path) -> None:
         assert found.router_entropy["0"] == pytest.approx(sums / tokens, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_experts_do_not_see_padding(tmp_path: Path) -> None:
     """Neither Switch's capacity nor experts that choose: figures are those of rows one at a time."""
     making.model("switch").save_pretrained(tmp_path / "switch")
