@@ -160,8 +160,8 @@ def draw(base: float, found: Results, file: Path) -> None:
     for axis, (part, rows) in zip(axes[0], found.items(), strict=True):
         axis.set(title=part, ylabel="held-out loss, nats per token")
         if part == "methods":
-            for row in rows:
-                axis.errorbar(row.trained, row.mean, row.spread, fmt="o", label=row.name)
+            for row, marker in zip(rows, "os^v<>DPX*hd", strict=True):
+                axis.errorbar(row.trained, row.mean, row.spread, fmt=marker, label=row.name)
             axis.axhline(base, color="grey", linestyle=":", label="base")
             axis.set(xlabel="trained parameters", xscale="log")
         elif part == "ranks":

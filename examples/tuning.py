@@ -171,7 +171,7 @@ def make_bench(folder: Path, scale: Scale) -> Bench:
     tokenizer.save_pretrained(folder / "base")
     held_out = encode(tokenizer, manual.held_out).ids
     test = held_out[scale.measured : scale.measured + scale.reported]
-    nbytes = len(tokenizer.decode(test).encode())
+    nbytes = len(str(tokenizer.decode(test)).encode())
     return Bench(
         folder,
         folder / "base",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import extraction_quality
 import pytest
 from extraction_quality import (
     EXTRACTED,
@@ -18,14 +18,11 @@ from extraction_quality import (
     WITH_RESIDUAL,
 )
 
-from tests.examples.conftest import EXAMPLES
 
-
-def test_extraction_at_full_rank_is_the_fine_tune(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_extraction_at_full_rank_is_the_fine_tune(run_example: Callable[..., str], tmp_path: Path) -> None:
     """With the residual it is that of everything, without it that of linear layers; less rank holds less of both."""
-    script = str(EXAMPLES / "extraction_quality.py")
-    command = [sys.executable, script, "--quick", "--seeds", "1", "--folder", str(tmp_path)]
-    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    shown = run_example(extraction_quality, "--quick", "--seeds", "1")
     found = json.loads((tmp_path / "extraction_quality.json").read_text())
     losses = {(point["kind"], point["rank"]): point["loss"] for point in found["points"]}
     kept = {(point["kind"], point["rank"]): point["energy_kept"] for point in found["points"]}

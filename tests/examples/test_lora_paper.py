@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import lora_paper
 import pytest
 from lora_paper import BUDGET_RANK, FIXED_RANK, MATRICES, RANKS, cost_of_rank, matrices
 from tuning import FACTOR, FULL, QUICK, climb
 
-from tests.examples.conftest import EXAMPLES
 
-
-def test_every_comparison_is_made_with_parameters_that_match(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_every_comparison_is_made_with_parameters_that_match(run_example: Callable[..., str], tmp_path: Path) -> None:
     """Budgets are met by what surgery.train counts, and what trains everything learns the most."""
-    command = [sys.executable, str(EXAMPLES / "lora_paper.py"), "--quick", "--seeds", "1", "--folder", str(tmp_path)]
-    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    shown = run_example(lora_paper, "--quick", "--seeds", "1")
     found = json.loads((tmp_path / "lora_paper.json").read_text())
     parts = {part: {row["name"]: row for row in rows} for part, rows in found["parts"].items()}
     assert all(name in shown for rows in parts.values() for name in rows)
