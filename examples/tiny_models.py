@@ -122,8 +122,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tokens:
     return Tokens(torch.tensor(ids), sum(len(text.encode()) for text in texts))
 
 
-def make_model(vocabulary: int, hidden: int, layers: int, seed: int) -> LlamaForCausalLM:
-    """A Llama with fresh weights, in float32."""
+def make_model(vocabulary: int, hidden: int, layers: int, seed: int, biases: bool = False) -> LlamaForCausalLM:
+    """A Llama with fresh weights, in float32; with `biases`, its linear layers have them."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -134,6 +134,8 @@ def make_model(vocabulary: int, hidden: int, layers: int, seed: int) -> LlamaFor
         num_key_value_heads=hidden // 32,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=False,
+        attention_bias=biases,
+        mlp_bias=biases,
         bos_token_id=None,
         eos_token_id=0,
     )
@@ -202,6 +204,6 @@ def _windows(ids: torch.Tensor, batch: int = 32) -> Iterator[torch.Tensor]:
 
 
 def _loss(model: torch.nn.Module, rows: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-    """Cross-entropy in nats of every token but the first of each row."""
-    logits = model(input_ids=rows[:, :-1], use_cache=False).logits  # [B, T, V]
+    """Cross-entropy in nats of every token but the first of each row. Logits of virtual tokens come before theirs."""
+    logits = model(input_ids=rows[:, :-1], use_cache=False).logits[:, 1 - rows.shape[1] :]  # [B, T, V]
     return functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction=reduction)
