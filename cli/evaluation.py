@@ -21,6 +21,7 @@ def _names(_context: click.Context, _parameter: click.Parameter, values: tuple[s
 Examples:
   surgery eval model --data held-out.jsonl
   surgery eval model --data held-out.jsonl --adapters law,code,chat=0.5
+  surgery eval model --data held-out.jsonl --adapters law --against tuned,mixture
   surgery eval model --data requests.jsonl --adapters law,code --adapter-field tenant
   surgery eval model --data chats.jsonl --generate answers.jsonl --max-new-tokens 256
   surgery eval tuned --data chats.jsonl --against base --pairwise pairs.jsonl""",
@@ -35,7 +36,13 @@ Examples:
     metavar="NAME",
     help="Column that names each row's adapter; '' for none.  [default: adapter, if there is one]",
 )
-@click.option("--against", metavar="PATH", help="Another checkpoint, or another adapter on CHECKPOINT.")
+@click.option(
+    "--against",
+    multiple=True,
+    callback=_names,
+    metavar="A,B,...",
+    help="Other checkpoints for the table, or more adapters on CHECKPOINT.",
+)
 @click.option(
     "--task",
     type=click.Choice(["causal-lm", "seq2seq", "classification", "image-classification"]),

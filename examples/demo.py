@@ -4,7 +4,8 @@ A small Llama is trained on the source of the standard library and then, in full
 quotes from. From there on everything is done to the two stored checkpoints, with the commands that are shown. Adapters
 of several ranks are extracted; one is merged, and taken out again to the bit; one is kept with a record of all that it
 lacks, and gives the fine-tune back; two are combined; one is checked, pushed and pulled; the fine-tune becomes a
-mixture of eight experts. The loss on pages that no model has seen says what each of them kept of the fine-tune.
+mixture of eight experts, which is trained on, as is a LoRA of the base. The loss on pages that no model has seen says
+what each of them knows of the manual.
 
 Run it with `make demo`. Everything it writes goes to `.demo/`, and is written anew each time.
 """
@@ -17,6 +18,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +48,10 @@ EVERYTHING = "all-linear,embeddings,head"
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How large everything is: `characters` of source to learn from, the model, and how long it is trained."""
+    """How large everything is: `characters` of source to learn from, the model, and how long it is trained.
+
+    `steps` are those of `surgery train`, for the LoRA and for the mixture; `letters` of each page go to `surgery eval`.
+    """
 
     characters: int
     vocabulary: int
@@ -54,6 +59,8 @@ class Scale:
     layers: int
     pretraining: Training
     tuning: Training
+    steps: tuple[int, int]
+    letters: int
     ranks: tuple[int, ...]
 
 
@@ -64,6 +71,8 @@ FULL = Scale(
     layers=2,
     pretraining=Training(steps=850, batch=8, learning_rate=4e-3, weight_decay=0.1, seed=1),
     tuning=Training(steps=300, batch=8, learning_rate=1e-3, seed=2),
+    steps=(200, 60),
+    letters=20_000,
     ranks=(1, 4, 16, 64),
 )
 QUICK = Scale(
@@ -73,13 +82,15 @@ QUICK = Scale(
     layers=1,
     pretraining=Training(steps=60, batch=4, learning_rate=8e-3, weight_decay=0.1, seed=1),
     tuning=Training(steps=40, batch=4, learning_rate=4e-3, seed=2),
+    steps=(20, 6),
+    letters=1_000,
     ranks=(1, 4, 16),
 )
 # The rank that is merged, and whose number of parameters the budget is given.
 MERGED_RANK = 16
 _MADE = (
     "base", "tuned", "merged", "restored", "linear-only", "budget", "exact", "tuned-again", "half-and-half", "resized",
-    "pulled", "registry", "mixture", "dense-again",
+    "pulled", "registry", "mixture", "dense-again", "learnt", "mixture-trained",
 )  # fmt: skip
 
 
@@ -107,6 +118,7 @@ def main() -> None:
     combine_and_resize(scale)
     share()
     upcycle_it()
+    train_and_evaluate(scale)
     compare_losses(scale, pages)
 
 
@@ -132,6 +144,13 @@ def train_checkpoints(scale: Scale) -> Tokens:
     _train("training tuned", model, encode(tokenizer, manual.train), scale.tuning)
     _save(model, "tuned")
     tokenizer.save_pretrained("tuned")
+    _write_rows("manual.jsonl", ({"text": text} for text in manual.train))
+    pages = [text[: scale.letters] for text in manual.held_out]
+    _write_rows("pages.jsonl", ({"text": text} for text in pages))
+    # Rows that say which adapter they are for, or that they are for none.
+    code = [text[: scale.letters] for text in source.held_out[: len(pages)]]
+    rows = [(text, "learnt") for text in pages] + [(text, "base") for text in code]
+    _write_rows("mixed.jsonl", ({"text": text, "adapter": adapter} for text, adapter in rows))
     return encode(tokenizer, manual.held_out)
 
 
@@ -202,6 +221,23 @@ def upcycle_it() -> None:
     console.print("\nThe last table measures the mixture as transformers loads it.")
 
 
+def train_and_evaluate(scale: Scale) -> None:
+    """A LoRA of the base and the mixture, each trained on the manual for a minute at most, and all of them measured."""
+    heading("Trained: a LoRA of the base, and the mixture with a balancing loss for its routers")
+    how = "--data manual.jsonl --over-length split --max-length 128 --quiet"
+    command(f"train base {how} --rank 16 --steps {scale.steps[0]} --learning-rate 3e-3 -o learnt")
+    command(f"train mixture {how} --recipe upcycle --steps {scale.steps[1]} --learning-rate 3e-4 -o mixture-trained")
+    heading("Evaluated: base, adapters in one pass over it, the fine-tune, the mixture before and after")
+    how = "--over-length split --max-length 128"
+    adapters = f"{_adapter(MERGED_RANK)},learnt"
+    others = "tuned,mixture,mixture-trained"
+    command(f"eval base --data pages.jsonl {how} --adapters {adapters} --against {others}")
+    console.print(
+        "\nOne batch, rows on adapters of their own: the manual with the LoRA, the source with the base alone."
+    )
+    command(f"eval base --data mixed.jsonl {how} --adapters learnt")
+
+
 def compare_losses(scale: Scale, pages: Tokens) -> None:
     """Measure every model on the held-out pages: adapters as PEFT loads them, `merged` as transformers does."""
     heading("What each of them knows of the manual")
@@ -245,6 +281,10 @@ def compare_losses(scale: Scale, pages: Tokens) -> None:
     console.print("bytes       of the adapter, or of the whole checkpoint")
     console.print("error       ||dW - B A|| / ||dW||, as the extraction states it")
     console.print("of the way  the part of the fall in loss from base to tuned that is there")
+
+
+def _write_rows(name: str, rows: Iterable[object]) -> None:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _adapter(rank: int) -> str:

@@ -24,7 +24,7 @@ def evaluate(
     *,
     data: str | os.PathLike[str],
     adapters: Sequence[AdapterLike] = (),
-    against: CheckpointLike | Adapter | None = None,
+    against: CheckpointLike | Adapter | Sequence[CheckpointLike | Adapter] = (),
     **keywords: Unpack[EvaluateKeywords],
 ) -> EvalReport:
     """Evaluate `checkpoint` on `data`, and `adapters` on it: all that can in one pass over the frozen base.
@@ -33,8 +33,8 @@ def evaluate(
         checkpoint: the model, a folder.
         data: a file, a folder, or a data set on the Hub, `name/repo[:split]`.
         adapters: every row is evaluated under the base and under each of them, unless rows name their own.
-        against: another checkpoint, or another adapter on this one: a line of the report, and the other side of
-            `pairwise`.
+        against: other checkpoints, or more adapters on this one: a line of the report each, and a single one is the
+            other side of `pairwise`.
         **keywords:
             task: one of `TASKS`; told from checkpoint and data where it is None.
             adapter_field: the column that names each row's adapter; where it is None, `adapter` if there is one, and
@@ -60,6 +60,7 @@ def evaluate(
             progress: told about rows and answers as they are done.
     """
     from surgery.adapter import Adapter
+    from surgery.checkpoint import Checkpoint
     from surgery.evaluation.options import EvalOptions, EvalSettings
     from surgery.evaluation.run import evaluate as run_evaluate
     from surgery.execute import NoProgress
@@ -77,12 +78,14 @@ def evaluate(
             f"{checkpoint} is an adapter, and its base comes first: `surgery eval BASE --adapters {checkpoint} ...`."
         )
     sources = [_adapter_source(adapter) for adapter in adapters]
-    other: Any = against
-    if isinstance(against, Adapter) or _is_adapter(against):
-        other = _adapter_source(against)  # type: ignore[arg-type] # not None: that is no adapter
-    elif against is not None:
-        other = resolve_checkpoint(against)
-    return run_evaluate(resolve_checkpoint(checkpoint), options, sources, other, settings)
+    several = (against,) if isinstance(against, str | os.PathLike | Checkpoint | Adapter) else against
+    others = [
+        resolve_checkpoint(one)
+        if isinstance(one, Checkpoint) or not (isinstance(one, Adapter) or _is_adapter(one))
+        else _adapter_source(one)
+        for one in several
+    ]
+    return run_evaluate(resolve_checkpoint(checkpoint), options, sources, others, settings)
 
 
 def verdicts(file: str | os.PathLike[str], *, key: str | os.PathLike[str]) -> VerdictsReport:

@@ -40,26 +40,29 @@ def evaluate(
     checkpoint: Checkpoint,
     options: EvalOptions,
     adapters: Sequence[AdapterSource],
-    against: Checkpoint | AdapterSource | None,
+    against: Sequence[Checkpoint | AdapterSource],
     settings: EvalSettings,
 ) -> EvalReport:
-    """Evaluate `checkpoint`, and adapters on it. Writes the files that `settings` names, all or none."""
+    """Evaluate `checkpoint`, adapters on it, and others. Writes the files that `settings` names, all or none."""
     files = settings.files()
     check_files(files, settings.overwrite, {"data": Path(options.data)})
     _check_pairs(adapters, against, settings)
     device = resolve_device(settings.device)
     precision, dtype = _precision(options.precision, device)
-    sources = unique_names([*adapters, *([against] if isinstance(against, AdapterSource) else [])])
+    sources = unique_names([*adapters, *(one for one in against if isinstance(one, AdapterSource))])
     with quiet_transformers():
         rows = read_rows(options.data)
         subject = EvalSubject.of(checkpoint, rows, options, bool(sources))
         column = find_adapter_field(rows, options, bool(sources))
-        if column is not None and against is not None:
+        if column is not None and against:
             raise OptionError(f"--against has no place where {column!r} names the adapter of each row; leave it out.")
         lines = list(find_lines(subject, rows, column, sources))
-        other = other_line(against, subject, rows, options, lines) if isinstance(against, Checkpoint) else None
+        others: list[Line] = []
+        for one in against:
+            if isinstance(one, Checkpoint):
+                others.append(other_line(one, subject, rows, options, [*lines, *others]))
         work = Work(settings, device, dtype)
-        found, notes = work.run(subject, lines, other)
+        found, notes = work.run(subject, lines, others)
     assert checkpoint.path is not None
     shown = found if column is None else [*found, total_of(found)]
     report = EvalReport(
@@ -87,17 +90,18 @@ class Work:
     device: str
     dtype: torch.dtype
 
-    def run(self, subject: EvalSubject, lines: Sequence[Line], other: Line | None) -> tuple[list[Found], list[str]]:
-        """Every line in order, `other` last, and sentences about what to know."""
-        prompts = self._prompts(lines, other)
+    def run(self, subject: EvalSubject, lines: Sequence[Line], others: Sequence[Line]) -> tuple[list[Found], list[str]]:
+        """Every line in order, those of other checkpoints last, and sentences about what to know."""
+        prompts = self._prompts(lines, others)
         model = subject.load(self.device, self.dtype)
         kept, notes = sort_out(lines, model, subject)
         shared = [line for line in kept if line.reason is None]
-        every = [*kept, *([other] if other is not None else [])]
+        every = [*kept, *others]
         if self.settings.dry_run:
             alike = len(shared) > 1
             return [
-                Found(line, alike and line is not other and line.reason is None, Outcomes.empty(0)) for line in every
+                Found(line, alike and line.kind != "checkpoint" and line.reason is None, Outcomes.empty(0))
+                for line in every
             ], notes
         found: dict[str, Found] = {}
         progress = self.settings.progress
@@ -115,7 +119,7 @@ class Work:
                 # Virtual tokens, which routers see and masks do not, are of methods without factors.
                 watch = line.source.adapter is not None
                 found[line.name] = self._alone(wrapped, line, prompts[line.name], watch)
-            if other is not None:
+            for other in others:
                 found[other.name] = self._alone(other.subject.load(self.device, self.dtype), other, prompts[other.name])
         finally:
             progress.stop()
@@ -149,25 +153,25 @@ class Work:
             answers = answer(model, line.subject, questions, self.settings.progress) if questions else []
         return Found(line, False, outcomes, prompts, answers)
 
-    def _prompts(self, lines: Sequence[Line], other: Line | None) -> dict[str, list[Prompt]]:
+    def _prompts(self, lines: Sequence[Line], others: Sequence[Line]) -> dict[str, list[Prompt]]:
         """For each line the prompts of its rows; none where no answers are asked for."""
         if not self.settings.answers:
-            return {line.name: [] for line in (*lines, *([other] if other else []))}
+            return {line.name: [] for line in (*lines, *others)}
         found = {}
         asked = find_prompts(lines[0].subject)
         for line in lines:
             rows = {line.subject.row_of(item) for item in line.items}
             found[line.name] = [prompt for prompt in asked if prompt.row in rows]
-        if other is not None:
+        for other in others:
             found[other.name] = find_prompts(other.subject)
         return found
 
 
 def _check_pairs(
-    adapters: Sequence[AdapterSource], against: Checkpoint | AdapterSource | None, settings: EvalSettings
+    adapters: Sequence[AdapterSource], against: Sequence[Checkpoint | AdapterSource], settings: EvalSettings
 ) -> None:
     """Raise where pairs are asked for and two models are not named."""
-    if settings.pairwise is not None and (against is None or len(adapters) > 1):
+    if settings.pairwise is not None and (len(against) != 1 or len(adapters) > 1):
         raise OptionError(
             "--pairwise compares two models' answers: those of CHECKPOINT, or of the one adapter of --adapters, with "
             "those of what --against names."

@@ -279,6 +279,11 @@ def test_answers_and_pairs(place: Path, tmp_path: Path) -> None:
         who = key["pairs"][pair["id"]]
         assert {side: by_row[who[side], pair["prompt"]] for side in "ab"} == {side: pair[side] for side in "ab"}
     making.checkpoint(tmp_path / "base", "gpt2")
+    making.checkpoint(tmp_path / "llama", "llama")
+    both = evaluate(place, "p.jsonl", against=(tmp_path / "base", place / "law", tmp_path / "llama")).lines
+    assert [(line.name, line.kind) for line in both] == [
+        ("base", "base"), ("law", "adapter"), (str(tmp_path / "base"), "checkpoint"), ("llama", "checkpoint")
+    ]  # fmt: skip
     found = evaluate(place, "p.jsonl", against=tmp_path / "base").lines
     assert [(line.kind, line.together) for line in found] == [("base", False), ("checkpoint", False)]
     assert found[1].name == str(tmp_path / "base")
