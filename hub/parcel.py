@@ -26,7 +26,7 @@ from surgery.source import BytesSource, FileSource, Source
 CARD = "README.md"
 # A card of a person beyond this size is not rewritten.
 MAX_CARD = 1_000_000
-_LFS_FROM = 10_000_000  # bytes; the Hub keeps larger files in LFS whatever they are
+LFS_FROM = 10_000_000  # bytes; the Hub keeps larger files in LFS whatever they are
 _SKIPPED_FOLDERS = {"__pycache__", "node_modules"}
 _KEPT_HIDDEN = {".gitattributes"}
 
@@ -198,4 +198,4 @@ def describe(path: str, source: Source, sinks: Sequence[Sink], advance: Callable
 
 def is_lfs(path: str, size: int) -> bool:
     """Whether git would keep a file in LFS: weights, and whatever is large."""
-    return size > _LFS_FROM or (path.endswith(WEIGHT_SUFFIXES) and not path.endswith(".json"))
+    return size > LFS_FROM or (path.endswith(WEIGHT_SUFFIXES) and not path.endswith(".json"))

@@ -1,0 +1,141 @@
+"""What every request needs: the registry, who sends it, and what that person may see."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+
+from surgery.hub.interfaces import Content, Metadata, Repository
+from surgery.hub.naming import RepositoryName, why_not_a_repository
+from surgery.hub.server.interfaces import Accounts, ChunkIndex, Identity
+from surgery.hub.server.signing import Signer
+from surgery.hub.server.web import HttpError
+from surgery.hub.store import Registry, Revision
+
+WRONG_TOKEN = "Invalid credentials in Authorization header"
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A server's parts.
+
+    Attributes:
+        url: the address under which clients reach it; None to take what each request says.
+    """
+
+    registry: Registry
+    accounts: Accounts
+    index: ChunkIndex
+    signer: Signer
+    url: str | None = None
+
+    @property
+    def content(self) -> Content:
+        return self.registry.content
+
+    @property
+    def metadata(self) -> Metadata:
+        return self.registry.metadata
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request.
+
+    Attributes:
+        identity: who sends it; None for nobody.
+        kind: of the repository: `model` or `dataset`.
+        name: of the repository, as the client writes it.
+        rest: what follows in the path, part by part, as it came.
+    """
+
+    hub: Hub
+    request: Request
+    identity: Identity | None
+    kind: str = "model"
+    name: RepositoryName | None = None
+    rest: tuple[str, ...] = ()
+
+    @property
+    def base(self) -> str:
+        """The server's own address, as the client sees it."""
+        return self.hub.url or f"{self.request.url.scheme}://{self.request.headers.get('host', 'localhost')}"
+
+    def at(self, kind: str, name: str, rest: tuple[str, ...]) -> Call:
+        """The same for a repository. Raises `HttpError` for a name that none can have."""
+        if why_not_a_repository(name) is not None:
+            raise self.no_repository()
+        namespace, _, last = name.rpartition("/")
+        return replace(self, kind=kind, name=RepositoryName(namespace, last), rest=rest)
+
+    def no_repository(self) -> HttpError:
+        """The one answer for what is not there and for what this person may not see."""
+        if self.identity is None:
+            return HttpError(401, "Repository not found, or it needs a token.", "RepoNotFound")
+        return HttpError(404, "Repository not found", "RepoNotFound")
+
+    # These ask the database, and are called in a thread.
+
+    def repository(self) -> Repository:
+        """The repository, if this person may read it."""
+        assert self.name is not None
+        found = self.hub.metadata.find(self.name, self.kind)
+        if found is None:
+            if (target := self.hub.accounts.moved(self.kind, self.name)) is not None:
+                raise self._moved(target)
+            raise self.no_repository()
+        if not self.may_read(found):
+            raise self.no_repository()
+        return found
+
+    def may_read(self, repository: Repository) -> bool:
+        return not repository.private if self.identity is None else self.identity.may_read(repository)
+
+    def _moved(self, target: RepositoryName) -> HttpError:
+        found = self.hub.metadata.find(target, self.kind)
+        if found is None or not self.may_read(found):
+            return self.no_repository()
+        path = self.request.scope["raw_path"].decode("latin-1").partition("?")[0]
+        query = self.request.url.query
+        location = path.replace(f"/{self.name}", f"/{target}", 1) + (f"?{query}" if query else "")
+        return HttpError(307, f"It is called {target} now.", headers={"Location": location})
+
+    def writable(self) -> Repository:
+        """The repository, if this person may write to it."""
+        found = self.repository()
+        if self.identity is None:
+            raise HttpError(401, "This needs a token.")
+        if not self.identity.may_write(found.name):
+            raise HttpError(403, f"Your token does not allow you to write to {found.name}.")
+        return found
+
+    def revision(self, text: str) -> Revision:
+        """The repository at a branch, a tag or a commit."""
+        found = self.repository()
+        commit = self.hub.registry.resolve(found, text)
+        if commit is None:
+            raise HttpError(404, f"Invalid rev id: {text}", "RevisionNotFound")
+        return Revision(found, commit, tuple(self.hub.metadata.files(commit.tree)))
+
+    def user(self) -> Identity:
+        """Whoever it is. Raises `HttpError` (401) for nobody."""
+        if self.identity is None:
+            raise HttpError(401, "This needs a token.")
+        return self.identity
+
+
+async def identify(hub: Hub, request: Request) -> Identity | None:
+    """Who sends a request. Raises `HttpError` (401) for a token that is not known."""
+    given = request.headers.get("authorization")
+    if given is None:
+        return None
+    scheme, _, token = given.partition(" ")
+    found = None
+    if scheme.lower() == "bearer" and 0 < len(token) <= 1024:
+        found = await run_in_threadpool(hub.accounts.identify, token.strip(), int(time.time()))
+    if found is None:
+        raise HttpError(401, WRONG_TOKEN)
+    return found
