@@ -40,7 +40,12 @@ def serve(data: Path, host: str, port: int, url: str | None) -> None:
     run(ServeOptions(data=data, host=host, port=port, url=url), ready)
 
 
-@click.group()
+@click.group(
+    epilog="""\b
+Examples:
+  surgery hub user add ada --data registry
+  surgery hub user add bob --data registry --json"""
+)
 def user() -> None:
     """Users of a server."""
 
@@ -49,7 +54,8 @@ def user() -> None:
     "add",
     epilog="""\b
 Examples:
-  surgery hub user add ada --data registry""",
+  surgery hub user add ada --data registry
+  surgery hub user add bob --data registry --json""",
 )
 @click.argument("name")
 @_data
@@ -64,7 +70,12 @@ def add_user(name: str, data: Path, as_json: bool, quiet: bool) -> None:
     show(report, lambda console: render_hub.namespace(console, report), as_json, quiet)
 
 
-@click.group()
+@click.group(
+    epilog="""\b
+Examples:
+  surgery hub org add lab --member ada --data registry
+  surgery hub org add closed --private-by-default --data registry"""
+)
 def org() -> None:
     """Organisations of a server."""
 
@@ -73,7 +84,8 @@ def org() -> None:
     "add",
     epilog="""\b
 Examples:
-  surgery hub org add lab --member ada --member bob --private-by-default --data registry""",
+  surgery hub org add lab --member ada --member bob --data registry
+  surgery hub org add closed --member ada --private-by-default --data registry""",
 )
 @click.argument("name")
 @click.option("--member", "members", multiple=True, metavar="USER", help="A member; may be given again.")
@@ -92,7 +104,12 @@ def add_org(
     show(report, lambda console: render_hub.namespace(console, report), as_json, quiet)
 
 
-@click.group()
+@click.group(
+    epilog="""\b
+Examples:
+  surgery hub token create --user ada --role write --data registry
+  surgery hub token create --user ada --role read --expires 30 --data registry"""
+)
 def token() -> None:
     """Tokens of a server's users."""
 

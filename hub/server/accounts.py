@@ -143,10 +143,13 @@ class SqliteAccounts(Database):
     def redirect(self, kind: str, old: RepositoryName, new: RepositoryName) -> None:
         with self._change() as db:
             db.execute("DELETE FROM redirects WHERE kind = ? AND key = ?", (kind, new.key))
-            db.execute("UPDATE redirects SET target = ? WHERE kind = ? AND target = ?", (str(new), kind, str(old)))
             db.execute(
                 "INSERT OR REPLACE INTO redirects (kind, key, target) VALUES (?, ?, ?)", (kind, old.key, str(new))
             )
+
+    def forget(self, kind: str, name: RepositoryName) -> None:
+        with self._change() as db:
+            db.execute("DELETE FROM redirects WHERE kind = ? AND key = ?", (kind, name.key))
 
     def moved(self, kind: str, name: RepositoryName) -> RepositoryName | None:
         with self._look() as db:

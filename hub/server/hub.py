@@ -15,6 +15,8 @@ from surgery.hub.server.signing import Signer
 from surgery.hub.server.web import HttpError
 from surgery.hub.store import Registry, Revision
 
+# How often a repository may be moved until its first name leads nowhere.
+_MOST_MOVES = 20
 WRONG_TOKEN = "Invalid credentials in Authorization header"
 
 
@@ -84,9 +86,7 @@ class Call:
         assert self.name is not None
         found = self.hub.metadata.find(self.name, self.kind)
         if found is None:
-            if (target := self.hub.accounts.moved(self.kind, self.name)) is not None:
-                raise self._moved(target)
-            raise self.no_repository()
+            raise self._moved(self.name)
         if not self.may_read(found):
             raise self.no_repository()
         return found
@@ -94,8 +94,13 @@ class Call:
     def may_read(self, repository: Repository) -> bool:
         return not repository.private if self.identity is None else self.identity.may_read(repository)
 
-    def _moved(self, target: RepositoryName) -> HttpError:
-        found = self.hub.metadata.find(target, self.kind)
+    def _moved(self, name: RepositoryName) -> HttpError:
+        """Where a repository that had this name is now."""
+        found, target = None, self.hub.accounts.moved(self.kind, name)
+        for _ in range(_MOST_MOVES):
+            if target is None or (found := self.hub.metadata.find(target, self.kind)) is not None:
+                break
+            target = self.hub.accounts.moved(self.kind, target)
         if found is None or not self.may_read(found):
             return self.no_repository()
         path = self.request.scope["raw_path"].decode("latin-1").partition("?")[0]

@@ -93,8 +93,12 @@ class Accounts(Protocol):
         """Remember under which name a repository was known."""
         ...
 
+    def forget(self, kind: str, name: RepositoryName) -> None:
+        """Let a name lead nowhere."""
+        ...
+
     def moved(self, kind: str, name: RepositoryName) -> RepositoryName | None:
-        """Where what had this name is now."""
+        """What it was called next; that may have been moved again."""
         ...
 
 

@@ -106,6 +106,7 @@ def _make(call: Call, kind: str, name: RepositoryName, private: bool, described:
     except ConflictError:
         # The client that does not mind takes the address from the answer.
         raise HttpError(409, f"You already created this {kind} repo: {name}", body=described) from None
+    call.hub.accounts.forget(kind, name)
     with contextlib.suppress(ConflictError):  # somebody has committed already
         call.hub.registry.commit(name, MAIN, None, [], _FIRST, {}, kind)
 
@@ -140,6 +141,7 @@ async def move(call: Call) -> Response:
         try:
             call.hub.metadata.move(found.name, new, kind)
         except ConflictError:
+            call.hub.accounts.forget(kind, found.name)
             raise HttpError(409, f"A {kind} repository called {new} already exists") from None
 
     await run_in_threadpool(rename)

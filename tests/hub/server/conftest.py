@@ -15,10 +15,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield found
 
 
-@pytest.fixture(autouse=True)
-def online(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def online() -> Iterator[None]:
     from huggingface_hub import constants
     from huggingface_hub.utils import close_session  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        close_session()
+        yield
     close_session()

@@ -33,7 +33,9 @@ class Server:
     homes: int = 0
 
     def start(self) -> Server:
-        command = [sys.executable, "-m", "surgery", "hub", "serve", "--data", str(self.data), "--port", "0"]
+        # After a restart at the same address, so that clients that wait for it go on.
+        port = self.url.rpartition(":")[2] or "0"
+        command = [sys.executable, "-m", "surgery", "hub", "serve", "--data", str(self.data), "--port", port]
         environment = {**os.environ, "SURGERY_HUB_ADMIN_TOKEN": ADMIN, "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
