@@ -45,7 +45,7 @@ CREATE TABLE redirects (
 ) WITHOUT ROWID;
 CREATE TABLE xorb_holders (
     xorb BLOB NOT NULL,
-    holder TEXT NOT NULL,         -- a namespace in lower case
+    holder TEXT NOT NULL,         -- see ChunkIndex
     PRIMARY KEY (xorb, holder)
 ) WITHOUT ROWID;
 CREATE TABLE content_holders (
@@ -200,9 +200,11 @@ class SqliteAccounts(Database):
             row = db.execute("SELECT sha256 FROM files WHERE xet = ?", (digest,)).fetchone()
         return None if row is None else str(row[0])
 
-    def with_chunk(self, chunk: bytes, holder: str) -> str | None:
+    def with_chunk(self, chunk: bytes, holders: Collection[str]) -> str | None:
+        marks = ", ".join("?" * len(holders))
+        query = f"SELECT sha256 FROM chunks WHERE chunk = ? AND holder IN ({marks}) LIMIT 1"
         with self._look() as db:
-            row = db.execute("SELECT sha256 FROM chunks WHERE chunk = ? AND holder = ?", (chunk, holder)).fetchone()
+            row = db.execute(query, (chunk, *holders)).fetchone()
         return None if row is None else str(row[0])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from starlette.concurrency import run_in_threadpool
@@ -46,8 +46,8 @@ class Grant:
 
     Attributes:
         kind, name: of the repository.
-        holders: the namespaces that have what is uploaded: the repository's and the user's own.
-        visible: those whose chunks may be referred to: these, and the user's organisations.
+        holders: who has what is uploaded (`Call.holders`).
+        visible: whose chunks may be referred to (`Call.visible`).
         writes: whether anything may be uploaded.
     """
 
@@ -62,15 +62,11 @@ async def give_token(call: Call) -> Response:
     """`GET /api/models/{id}/xet-read-token/{revision}`, and `write`."""
     writes = call.request.scope["raw_path"].find(b"/xet-write-token/") >= 0
     found = await run_in_threadpool(call.writable if writes else call.repository)
-    holders = {found.name.namespace.lower(), *([call.identity.user.lower()] if call.identity is not None else [])}
-    visible = holders | (call.identity.holders if call.identity is not None else frozenset())
-    claims = {
-        "k": found.kind,
-        "n": str(found.name),
-        "h": sorted(holders),
-        "v": sorted(visible),
-        "s": WRITE if writes else READ,
-    }
+    # Who only reads has nothing to do with what anybody uploaded.
+    holders = sorted(call.holders(found.name.namespace)) if writes else []
+    visible = sorted(call.visible(found.name.namespace)) if writes else []
+    scope = WRITE if writes else READ
+    claims = {"k": found.kind, "n": str(found.name), "h": holders, "v": visible, "s": scope}
     expires = int(time.time()) + TOKEN_LIFE
     token = call.hub.signer.token(_PURPOSE, claims, expires)
     url = call.base + PREFIX
@@ -87,7 +83,7 @@ async def handle(hub: Hub, request: Request, parts: tuple[str, ...], base: str) 
         case "GET", "v1", "reconstructions", file:
             return await _reconstruct(hub, request, _grant(hub, request, False), file, base)
         case "GET", "v1", "chunks", _, chunk:
-            return await _query(hub, _grant(hub, request, False), chunk)
+            return await _query(hub, _grant(hub, request, True), chunk)
         case "POST", "v1", "xorbs", _, xorb:
             return await _take_xorb(hub, request, _grant(hub, request, True), xorb)
         case "POST", "v1", "shards":
@@ -163,15 +159,15 @@ async def _take_shard(hub: Hub, request: Request, grant: Grant) -> Response:
 
 async def _query(hub: Hub, grant: Grant, text: str) -> Response:
     chunk = _digest(text)
-    data = await run_in_threadpool(_told, hub, grant.name.namespace.lower(), chunk)
+    data = await run_in_threadpool(_told, hub, grant.holders, chunk)
     if data is None:
         raise HttpError(404, "The chunk is not known.")
     return Response(data, media_type="application/octet-stream")
 
 
-def _told(hub: Hub, holder: str, chunk: bytes) -> bytes | None:
-    """All xorbs of a file with this chunk, as far as there is room for them; None where the holder has no such file."""
-    sha256 = hub.index.with_chunk(chunk, holder)
+def _told(hub: Hub, holders: Collection[str], chunk: bytes) -> bytes | None:
+    """All xorbs of a file with this chunk, as far as there is room for them; None where no holder has such a file."""
+    sha256 = hub.index.with_chunk(chunk, holders)
     recipe = hub.content.recipe(sha256) if sha256 is not None else None
     if recipe is None:
         return None

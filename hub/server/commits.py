@@ -263,7 +263,7 @@ def may_refer(call: Call, sha256: str) -> bool:
     """Whether this person has proved to have content, or may read a repository that has it."""
     user = call.user()
     assert call.name is not None
-    if call.hub.index.holds_content(sha256, {call.name.namespace.lower(), *user.holders}):
+    if call.hub.index.holds_content(sha256, call.visible(call.name.namespace)):
         return True
     return any(user.may_read(repository) for repository in call.hub.metadata.holding(sha256))
 

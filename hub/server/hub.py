@@ -125,6 +125,21 @@ class Call:
             raise HttpError(404, f"Invalid rev id: {text}", "RevisionNotFound")
         return Revision(found, commit, tuple(self.hub.metadata.files(commit.tree)))
 
+    def holders(self, namespace: str) -> frozenset[str]:
+        """Who has what this person uploads to a repository of a namespace (see `ChunkIndex`).
+
+        With a token for one repository it is that repository alone, so that the token leads to nothing else.
+        """
+        user = self.user()
+        if user.repository is not None:
+            return frozenset({f"repository {user.repository}"})
+        return frozenset({namespace.lower(), user.user.lower()})
+
+    def visible(self, namespace: str) -> frozenset[str]:
+        """Whose uploads this person may refer to by their hashes."""
+        user = self.user()
+        return self.holders(namespace) | (user.holders if user.repository is None else frozenset())
+
     def user(self) -> Identity:
         """Whoever it is. Raises `HttpError` (401) for nobody."""
         if self.identity is None:

@@ -105,8 +105,9 @@ class Accounts(Protocol):
 class ChunkIndex(Protocol):
     """Who has which content, and in which files of a namespace a chunk lies.
 
-    A holder is a namespace. Whoever knows no more than a hash is told nothing, and may not refer to what it names: a
-    holder is recorded only when all of the bytes came in, or the hashes of all the chunks.
+    A holder is a namespace in lower case, or, for what came with a token for one repository, that repository. Whoever
+    knows no more than a hash is told nothing, and may not refer to what it names: a holder is recorded only when all of
+    the bytes came in, or the hashes of all the chunks.
     """
 
     def hold_xorb(self, digest: bytes, holders: Collection[str]) -> None:
@@ -129,6 +130,6 @@ class ChunkIndex(Protocol):
         """The SHA-256 of a file by its Xet hash."""
         ...
 
-    def with_chunk(self, chunk: bytes, holder: str) -> str | None:
-        """The SHA-256 of a file of a namespace that has a chunk; only of chunks that clients ask for."""
+    def with_chunk(self, chunk: bytes, holders: Collection[str]) -> str | None:
+        """The SHA-256 of a file of these holders that has a chunk; only of chunks that clients ask for."""
         ...

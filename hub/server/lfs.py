@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from urllib.parse import quote
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -54,10 +55,10 @@ def _action(call: Call, item: object) -> dict[str, object]:
         return described
     assert call.name is not None
     expires = int(time.time()) + ADDRESS_LIFE
-    holders = ",".join(sorted({call.name.namespace.lower(), call.user().user.lower()}))
+    holders = ",".join(sorted(call.holders(call.name.namespace)))
     signature = call.hub.signer.signature(_PURPOSE, oid, size, holders, expires)
     kind = "" if call.kind == "model" else f"{call.kind}s/"
-    href = f"{call.base}{PREFIX}/{oid}?size={size}&holders={holders}&expires={expires}&signature={signature}"
+    href = f"{call.base}{PREFIX}/{oid}?size={size}&holders={quote(holders)}&expires={expires}&signature={signature}"
     verify = f"{call.base}/{kind}{call.name}.git/info/lfs/verify"
     return described | {"actions": {"upload": {"href": href}, "verify": {"href": verify}}}
 

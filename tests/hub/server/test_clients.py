@@ -9,6 +9,7 @@ from pathlib import Path
 import hf_xet
 import numpy as np
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from safetensors.numpy import load_file, save_file
 
@@ -99,6 +100,29 @@ def test_a_warm_client_uploads_to_another_namespace(server: Server, tmp_path: Pa
             home=home,
         )
         assert server.client(PULL.format(name=name)) == {"w.safetensors": sha256(path)}
+
+
+@pytest.mark.parametrize("xet", ["0", "1"])
+def test_a_token_for_one_repository_is_enough_to_push_to_it(server: Server, tmp_path: Path, xet: str) -> None:
+    path, name = weights(tmp_path / "w.safetensors", 1, int(xet)), f"lab/scoped-{xet}"
+    server.api().create_repo(name, private=True)
+    server.client(
+        f"api.upload_file(path_or_fileobj={str(path)!r}, path_in_repo='w.safetensors', repo_id={name!r})",
+        server.token("ada", repository=name),
+        HF_HUB_DISABLE_XET=xet,
+    )
+    assert server.client(PULL.format(name=name)) == {"w.safetensors": sha256(path)}
+
+
+def test_a_name_without_a_namespace(server: Server, tmp_path: Path) -> None:
+    """From the folder it is a repository of its own, as `gpt2` is on the Hub; over the network one of the user's."""
+    folder = adapter(tmp_path / "adapter")
+    report = push(folder, "Alone", LOCAL, PushOptions(), server.data)
+    for name in ("Alone", "alone"):
+        assert server.client(PULL.format(name=name)) == {file.path: file.sha256 for file in report.files}
+    assert server.client("print(json.dumps(api.create_repo('alone').repo_id))") == "ada/alone"
+    with pytest.raises(HfHubHTTPError, match="does not allow you to write to Alone"):
+        server.api().upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id="Alone")
 
 
 def test_what_push_wrote_is_served(server: Server, tmp_path: Path) -> None:

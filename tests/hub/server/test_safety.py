@@ -208,6 +208,12 @@ def test_nobody_gets_at_private_content_by_its_hash(server: Server, content: Loc
     assert "was not uploaded" in commit(server, "bob", "bob/own", lfs_file(sha256)).json()["error"]
     assert lfs_address(server, "bob", "bob/own", sha256, sum(map(len, chunks))) is not None
     assert lfs_address(server, "ada", "ada/secret", sha256, sum(map(len, chunks))) is None
+    # Nor does one for one repository lead to what the same person has elsewhere.
+    server.tokens["scoped"] = server.token("ada", repository="ada/open")
+    scoped = Xet(server, "scoped", "ada/open")
+    assert scoped.get(f"chunks/default/{first}").status_code == 404
+    assert "was not uploaded" in scoped.shard(file).json()["error"]
+    assert "was not uploaded" in commit(server, "scoped", "ada/open", lfs_file(sha256)).json()["error"]
     # Nor does a token for another repository of the same person.
     assert Xet(server, "ada", "ada/open", "read").get(f"reconstructions/{digest}").status_code == 404
     # Whoever has the bytes is told nothing either, and may then use them.
