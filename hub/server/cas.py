@@ -150,7 +150,8 @@ def _refused(hub: Hub) -> Iterator[None]:
 async def _take_shard(hub: Hub, request: Request, grant: Grant) -> Response:
     data = await whole_body(request, MAX_SHARD)
     with _refused(hub):
-        await run_in_threadpool(register, hub.content, hub.index, data, grant.visible, grant.holders)
+        async with hub.parsing:
+            await run_in_threadpool(register, hub.content, hub.index, data, grant.visible, grant.holders)
     return json_response({"result": 1})
 
 

@@ -212,8 +212,10 @@ async def commit(call: Call) -> Response:
     await run_in_threadpool(_check, call, branch)
     draft = Draft(lambda path, data: _store(call, path, data), lambda *asked: _find(call, *asked))
     async for part in pieces(call.request, MAX_BODY):
-        await run_in_threadpool(draft.feed, part)
-    await run_in_threadpool(draft.finish)
+        async with call.hub.parsing:
+            await run_in_threadpool(draft.feed, part)
+    async with call.hub.parsing:
+        await run_in_threadpool(draft.finish)
     done = await run_in_threadpool(_commit, call, branch, draft)
     kind = "" if call.kind == "model" else f"{call.kind}s/"
     url = f"{call.base}/{kind}{done.repository.name}/commit/{done.commit.id}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -17,6 +18,7 @@ from surgery.hub.store import Registry, Revision
 
 # How often a repository may be moved until its first name leads nowhere.
 _MOST_MOVES = 20
+_PARSED_AT_ONCE = 4
 WRONG_TOKEN = "Invalid credentials in Authorization header"
 
 
@@ -26,6 +28,7 @@ class Hub:
 
     Attributes:
         url: the address under which clients reach it; None to take what each request says.
+        parsing: held while a piece of a commit or a shard is taken apart, which takes memory; for a few at a time.
     """
 
     registry: Registry
@@ -33,6 +36,7 @@ class Hub:
     index: ChunkIndex
     signer: Signer
     url: str | None = None
+    parsing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_PARSED_AT_ONCE))
 
     @property
     def content(self) -> Content:
