@@ -14,13 +14,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from surgery.errors import OutputError, SurgeryError
-from surgery.hub.server import cas, commits, files, lfs, repos
+from surgery.hub.server import cas, commits, copies, files, lfs, repos
 from surgery.hub.server.hub import Call, Hub, identify
 from surgery.hub.server.web import HttpError, json_response, unquoted
 
 Handler = Callable[[Call], Awaitable[Response]]
 log = logging.getLogger("surgery.hub")
 
+_NOWHERE = "There is no such address."
 _KINDS = {"models": "model", "datasets": "dataset"}
 # Method and address below /api.
 _API: dict[tuple[str, str], Handler] = {
@@ -30,6 +31,14 @@ _API: dict[tuple[str, str], Handler] = {
     ("DELETE", "repos/delete"): repos.delete,
     ("POST", "repos/move"): repos.move,
 }
+
+
+async def _lfs_files(call: Call) -> Response:
+    if call.rest != ("duplicate",):
+        raise HttpError(404, _NOWHERE)
+    return await copies.copy_files(call)
+
+
 # Method and the word after a repository's name; then how many parts follow at least, and at most.
 _VERBS: dict[tuple[str, str], tuple[Handler, int, int]] = {
     ("GET", "revision"): (files.info, 1, 1),
@@ -45,10 +54,11 @@ _VERBS: dict[tuple[str, str], tuple[Handler, int, int]] = {
     ("POST", "commit"): (commits.commit, 1, 1),
     ("PUT", "settings"): (repos.settings, 0, 0),
     ("GET", "auth-check"): (repos.auth_check, 0, 1),
+    ("POST", "duplicate"): (copies.duplicate, 0, 0),
+    ("POST", "lfs-files"): (_lfs_files, 1, 1),
     ("GET", "xet-read-token"): (cas.give_token, 1, 1),
     ("GET", "xet-write-token"): (cas.give_token, 1, 1),
 }
-_NOWHERE = "There is no such address."
 
 
 class App:

@@ -48,7 +48,7 @@ async def whoami(call: Call) -> Response:
 # Making, removing, moving ---------------------------------------------------------------------------------------------
 
 
-def _target(call: Call, body: Mapping[str, Any]) -> tuple[str, RepositoryName]:
+def parsed_target(call: Call, body: Mapping[str, Any]) -> tuple[str, RepositoryName]:
     """Kind and name in the body of a request. A name alone is one of the user's own."""
     kind = text_of(body.get("type"), "type", "model")
     if kind not in KINDS:
@@ -81,22 +81,23 @@ def _url(call: Call, kind: str, name: RepositoryName) -> str:
 async def create(call: Call) -> Response:
     """`POST /api/repos/create`."""
     body = await json_body(call.request)
+    described, _ = await run_in_threadpool(make, call, body)
+    return json_response(described)
 
-    def make() -> dict[str, object]:
-        user = call.user()
-        kind, name = _target(call, body)
-        space = call.hub.accounts.namespace(name.namespace) if name.namespace else None
-        if space is None:
-            raise HttpError(404, f"There is no user and no organisation called {name.namespace or name.name}.")
-        if not user.may_write(name):
-            raise HttpError(403, f"Your token does not allow you to create {name}.")
-        name = RepositoryName(space.name, name.name)
-        described: dict[str, object] = {"url": _url(call, kind, name), "name": str(name), "id": str(name)}
-        private = _is_private(body, space.private_by_default)
-        _make(call, kind, name, private, described)
-        return described
 
-    return json_response(await run_in_threadpool(make))
+def make(call: Call, body: Mapping[str, Any], private: bool = False) -> tuple[dict[str, object], RepositoryName]:
+    """A new repository, as a client describes it; `private` where it does not say. Returns the answer and the name."""
+    user = call.user()
+    kind, name = parsed_target(call, body)
+    space = call.hub.accounts.namespace(name.namespace) if name.namespace else None
+    if space is None:
+        raise HttpError(404, f"There is no user and no organisation called {name.namespace or name.name}.")
+    if not user.may_write(name):
+        raise HttpError(403, f"Your token does not allow you to create {name}.")
+    name = RepositoryName(space.name, name.name)
+    described: dict[str, object] = {"url": _url(call, kind, name), "name": str(name), "id": str(name)}
+    _make(call, kind, name, _is_private(body, private or space.private_by_default), described)
+    return described, name
 
 
 def _make(call: Call, kind: str, name: RepositoryName, private: bool, described: Mapping[str, object]) -> None:
@@ -116,7 +117,7 @@ async def delete(call: Call) -> Response:
     body = await json_body(call.request)
 
     def remove() -> None:
-        kind, name = _target(call, body)
+        kind, name = parsed_target(call, body)
         found = call.at(kind, str(name), ()).writable()
         call.hub.registry.delete(found.name, kind)
 
@@ -129,8 +130,8 @@ async def move(call: Call) -> Response:
     body = await json_body(call.request)
 
     def rename() -> None:
-        kind, old = _target(call, {"name": body.get("fromRepo"), "type": body.get("type")})
-        _, new = _target(call, {"name": body.get("toRepo"), "type": kind})
+        kind, old = parsed_target(call, {"name": body.get("fromRepo"), "type": body.get("type")})
+        _, new = parsed_target(call, {"name": body.get("toRepo"), "type": kind})
         found = call.at(kind, str(old), ()).writable()
         space = call.hub.accounts.namespace(new.namespace) if new.namespace else None
         if space is None or not call.user().may_write(new):

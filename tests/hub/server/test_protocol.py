@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile, RepoFolder
 
+from surgery.hub.server.run import add_organisation
 from tests.hub.server.serving import Server
 
 
@@ -220,6 +221,41 @@ def test_settings_and_rights(api: HfApi, server: Server) -> None:
     assert api.model_info("ada/rights").private
     with pytest.raises(HfHubHTTPError, match="no gated"):
         api.update_repo_settings("ada/rights", gated="auto")
+
+
+def test_an_old_name_can_be_written_to(api: HfApi) -> None:
+    api.create_repo("before")
+    api.move_repo("ada/before", "lab/after")
+    put(api, "ada/before", {"a.txt": b"a"})
+    api.create_branch("ada/before", branch="side")
+    assert api.list_repo_files("lab/after", revision="side") == ["a.txt"]
+
+
+def test_what_an_organisation_makes_may_be_private_by_default(api: HfApi, server: Server) -> None:
+    add_organisation(server.data, "closed", ("ada",), private_by_default=True)
+    api.create_repo("closed/x")
+    api.create_repo("closed/y", private=False)
+    assert api.model_info("closed/x").private
+    assert not api.model_info("closed/y").private
+
+
+def test_copies(api: HfApi, server: Server, tmp_path: Path) -> None:
+    api.create_repo("copied", private=True)
+    put(api, "ada/copied", {"a.txt": b"a", "b.txt": b"b"})
+    server.client("api.upload_file(path_or_fileobj=b'weights' * 1000, path_in_repo='w.bin', repo_id='ada/copied')")
+    assert api.duplicate_repo("ada/copied", "lab/twin").repo_id == "lab/twin"
+    assert api.model_info("lab/twin").private
+    assert api.list_repo_files("lab/twin") == ["a.txt", "b.txt", "w.bin"]
+    with pytest.raises(HfHubHTTPError, match="already created"):
+        api.duplicate_repo("ada/copied", "lab/twin")
+    with pytest.raises(RepositoryNotFoundError):
+        server.api("bob").duplicate_repo("ada/copied", "bob/twin")
+    api.create_repo("copy-target")
+    copy = CommitOperationCopy("w.bin", "copy.bin", src_repo_id="ada/copied", src_repo_type="model")
+    api.create_commit("ada/copy-target", [copy], commit_message="Copy")
+    api.delete_repo("ada/copied")
+    found = api.hf_hub_download("ada/copy-target", "copy.bin", local_dir=tmp_path)
+    assert Path(found).read_bytes() == b"weights" * 1000
 
 
 def test_datasets_are_stored(api: HfApi, tmp_path: Path) -> None:
