@@ -12,12 +12,11 @@ from starlette.responses import Response
 from surgery.hub.interfaces import Commit, FileEntry
 from surgery.hub.server import describing
 from surgery.hub.server.hub import Call
-from surgery.hub.server.web import HttpError, json_response, parse_range, stream, unquoted, whole_body
+from surgery.hub.server.web import HttpError, json_response, page, parse_range, stream, unquoted, whole_body
 from surgery.hub.store import Revision
 from surgery.hub.xet import hashes
 
 _MAX_FORM = 4 << 20
-_PAGE = 1000
 _TEXT = (".md", ".txt", ".json", ".jsonl", ".yaml", ".yml", ".py", ".csv")
 
 
@@ -77,7 +76,7 @@ async def tree(call: Call) -> Response:
     revision, path = unquoted(call.rest[0]), unquoted("/".join(call.rest[1:])).strip("/")
     query = parse_qs(call.request.url.query)
     recursive, expand = _is_set(query.get("recursive")), _is_set(query.get("expand"))
-    begin, limit = _page(query)
+    begin, limit = page(query)
 
     def describe() -> tuple[list[dict[str, object]], bool]:
         found = call.revision(revision)
@@ -91,17 +90,6 @@ async def tree(call: Call) -> Response:
 
     items, more = await run_in_threadpool(describe)
     return json_response(items, headers=next_page(call, begin + limit) if more else None)
-
-
-def _page(query: dict[str, list[str]]) -> tuple[int, int]:
-    """Where a page begins, and how many items it has."""
-    numbers = []
-    for name, default in (("cursor", 0), ("limit", _PAGE)):
-        text = query.get(name, [str(default)])[-1]
-        if not text.isdecimal() or len(text) > 9:
-            raise HttpError(400, f"{name} has to be a number.")
-        numbers.append(int(text))
-    return numbers[0], max(1, min(numbers[1], _PAGE))
 
 
 def next_page(call: Call, begin: int) -> dict[str, str]:

@@ -17,7 +17,7 @@ from surgery.hub.naming import MAIN, RepositoryName, check_branch, parse_reposit
 from surgery.hub.server import describing
 from surgery.hub.server.files import next_page
 from surgery.hub.server.hub import WRONG_TOKEN, Call
-from surgery.hub.server.web import HttpError, json_body, json_response, text_of, unquoted
+from surgery.hub.server.web import HttpError, json_body, json_response, page, text_of, unquoted
 from surgery.hub.store import iterate_history
 
 KINDS = ("model", "dataset")
@@ -28,7 +28,6 @@ RESERVED = frozenset({
     "blob", "compare",
 })  # fmt: skip
 _FIRST = "initial commit"
-_PAGE = 1000
 _COMMITS = 100
 
 
@@ -181,7 +180,7 @@ async def listing(call: Call) -> Response:
     order = query.get("sort", ["lastModified"])[-1]
     full = any(query.get(name, ["0"])[-1].lower() in ("1", "true") for name in ("full", "cardData", "config"))
     expand = query.get("expand", [])
-    begin, limit = (_number(query, "cursor", 0), max(1, min(_number(query, "limit", _PAGE), _PAGE)))
+    begin, limit = page(query)
 
     def find() -> tuple[list[dict[str, object]], bool]:
         repositories = [
@@ -211,13 +210,6 @@ async def listing(call: Call) -> Response:
     return json_response(items, headers=next_page(call, begin + limit) if more else None)
 
 
-def _number(query: Mapping[str, list[str]], name: str, default: int) -> int:
-    text = query.get(name, [str(default)])[-1]
-    if not text.isdecimal() or len(text) > 9:
-        raise HttpError(400, f"{name} has to be a number.")
-    return int(text)
-
-
 def _listed(call: Call, found: Repository) -> dict[str, object]:
     head = call.hub.registry.head(found.name, MAIN, found.kind)
     return describing.repository(found, head, call.hub.content, blobs=False)
@@ -241,7 +233,7 @@ def _short(described: Mapping[str, object], full: bool, expand: list[str]) -> di
 async def commits(call: Call) -> Response:
     """`GET /api/models/{id}/commits/{revision}`: the history, newest first."""
     query = parse_qs(call.request.url.query)
-    begin, limit = (_number(query, "cursor", 0), max(1, min(_number(query, "limit", _COMMITS), _PAGE)))
+    begin, limit = page(query, _COMMITS)
     revision = unquoted(call.rest[0])
 
     def find() -> list[dict[str, object]]:

@@ -19,6 +19,7 @@ from surgery.source import Source
 # A client that sends nothing for so many seconds is given up.
 PATIENCE = 60.0
 MAX_JSON = 4 << 20
+MAX_PAGE = 1000
 _BLOCK = 1 << 20
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 # Nothing that somebody uploaded runs in the name of this server.
@@ -120,6 +121,17 @@ def text_of(value: object, what: str, default: str | None = None) -> str:
     if not isinstance(value, str):
         raise HttpError(400, f"{what} has to be a text.")
     return value
+
+
+def page(query: Mapping[str, list[str]], default: int = MAX_PAGE) -> tuple[int, int]:
+    """Where a page of a list begins, and how many items it has. Raises `HttpError` for what is no number."""
+    numbers = []
+    for name, otherwise in (("cursor", 0), ("limit", default)):
+        text = query.get(name, [str(otherwise)])[-1]
+        if not text.isdecimal() or len(text) > 9:
+            raise HttpError(400, f"{name} has to be a number.")
+        numbers.append(int(text))
+    return numbers[0], max(1, min(numbers[1], MAX_PAGE))
 
 
 @dataclass(frozen=True)
