@@ -11,6 +11,7 @@ import click
 
 from surgery.cli.options import Command, reporting
 from surgery.cli.progress import make_progress
+from surgery.cli.serving import org, serve, token, user
 
 if TYPE_CHECKING:
     from surgery.hub.endpoint import Endpoint
@@ -227,5 +228,5 @@ def _choose(endpoint: str | None) -> None:
         vars(constants)["ENDPOINT"] = chosen.url
 
 
-hub.add_command(push)
-hub.add_command(pull)
+for command in (push, pull, serve, user, org, token):
+    hub.add_command(command)

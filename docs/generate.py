@@ -55,12 +55,21 @@ def help_page(command: str = "") -> str:
 
 def command_names() -> list[str]:
     """Every command, and those of a group behind it as `hub list`; what a group only repeats is left out."""
-    found = []
+    found: list[str] = []
     for name in COMMANDS:
-        found.append(name)
         command = cli.get_command(click.Context(cli), name)
-        if isinstance(command, click.Group):
-            found += [f"{name} {sub}" for sub in command.list_commands(click.Context(command)) if sub not in COMMANDS]
+        assert command is not None
+        found += _with_those_below(name, command)
+    return found
+
+
+def _with_those_below(name: str, command: click.Command) -> list[str]:
+    found = [name]
+    if isinstance(command, click.Group):
+        for sub in command.list_commands(click.Context(command)):
+            below = command.get_command(click.Context(command), sub)
+            if below is not None and sub not in COMMANDS:
+                found += _with_those_below(f"{name} {sub}", below)
     return found
 
 

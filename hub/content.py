@@ -1,11 +1,14 @@
 """Content in a local folder: one read-only file for each SHA-256.
 
     blobs/ab/abcd...    the content, named by its hash, mode 0444
+    recipes/ab/abcd...  for content that came in as chunks: which ones, of which xorbs
+    xorbs/12/1234...    xorbs by their hash
     incoming/...        content on its way in, locked by the process that writes it
 
 Order of writing: the bytes, fsync of the file, chmod, rename into `blobs/`, fsync of that folder. Only then may a
-commit name it. A kill leaves a file in `incoming/` whose lock is free: whoever opens the store next removes it. Content
-is copied in, never linked to the file it came from: that one may be written to later.
+commit name it; only when its xorbs are there may a recipe be. A kill leaves a file in `incoming/` whose lock is free:
+whoever opens the store next removes it. Content is copied in, never linked to the file it came from: that one may be
+written to later.
 """
 
 from __future__ import annotations
@@ -15,17 +18,26 @@ import fcntl
 import os
 import re
 import secrets
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from surgery.hub.interfaces import Incoming
+from surgery.errors import FormatError
+from surgery.hub.interfaces import Content, Incoming
 from surgery.hub.transfer import reserve, write_all
+from surgery.hub.xet import hashes
+from surgery.hub.xet.recipes import AssembledSource, Recipe, StoredXorb, decode, encode
+from surgery.hub.xet.xorbs import XorbIndex, read_index
+from surgery.source import FileSource, Source
 from surgery.writer import one_sentence, sync
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Linux's ioctl that makes one file share the blocks of another, on btrfs, XFS and their like.
 _FICLONE = 0x40049409
+# Xorbs whose indices are kept in memory, open: about 70 kB each.
+_KEPT_XORBS = 256
 
 
 class LocalContent:
@@ -34,35 +46,117 @@ class LocalContent:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.blobs = root / "blobs"
+        self._recipes = root / "recipes"
+        self._xorbs = root / "xorbs"
         self._incoming = root / "incoming"
+        self._open_xorbs: OrderedDict[bytes, StoredXorb] = OrderedDict()
+        self._mutex = threading.Lock()
 
-    def path(self, sha256: str) -> Path:
+    def _blob(self, sha256: str) -> Path:
         if not _SHA256.fullmatch(sha256):
             raise ValueError(f"{sha256!r} is no SHA-256")
         return self.blobs / sha256[:2] / sha256
 
+    def _recipe(self, sha256: str) -> Path:
+        if not _SHA256.fullmatch(sha256):
+            raise ValueError(f"{sha256!r} is no SHA-256")
+        return self._recipes / sha256[:2] / sha256
+
+    def path(self, sha256: str) -> Path | None:
+        path = self._blob(sha256)
+        return path if path.is_file() else None
+
+    def open(self, sha256: str) -> Source:
+        if (path := self.path(sha256)) is not None:
+            return FileSource(path)
+        recipe = self.recipe(sha256)
+        if recipe is None:
+            raise FormatError(
+                f"The registry at {self.root} has lost the content {sha256}; push it again, or restore it from a "
+                "backup."
+            )
+        return AssembledSource(str(self._recipe(sha256)), recipe, self.open_xorb)
+
     def size(self, sha256: str) -> int | None:
         try:
-            return self.path(sha256).stat().st_size
+            return self._blob(sha256).stat().st_size
         except FileNotFoundError:
-            return None
+            recipe = self.recipe(sha256)
+            return None if recipe is None else recipe.size
+
+    def stored(self, sha256: str) -> int:
+        found = 0
+        for path in (self._blob(sha256), self._recipe(sha256)):
+            with contextlib.suppress(FileNotFoundError):
+                found += path.stat().st_size
+        return found
 
     def touch(self, sha256: str) -> bool:
-        try:
-            os.utime(self.path(sha256))
-        except FileNotFoundError:
-            return False
-        return True
+        found = False
+        for path in (self._blob(sha256), self._recipe(sha256)):
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path)
+                found = True
+        return found
 
     def remove(self, sha256: str) -> None:
-        self.path(sha256).unlink(missing_ok=True)
+        self._blob(sha256).unlink(missing_ok=True)
+        self._recipe(sha256).unlink(missing_ok=True)
 
     def list(self) -> Iterator[tuple[str, int, float]]:
-        for folder in sorted(self.blobs.iterdir()) if self.blobs.is_dir() else ():
-            for path in sorted(folder.iterdir()):
-                with contextlib.suppress(FileNotFoundError):
-                    status = path.stat()
-                    yield path.name, status.st_size, status.st_mtime
+        for root in (self.blobs, self._recipes):
+            for folder in sorted(root.iterdir()) if root.is_dir() else ():
+                for path in sorted(folder.iterdir()):
+                    with contextlib.suppress(FileNotFoundError):
+                        status = path.stat()
+                        yield path.name, status.st_size, status.st_mtime
+
+    # Chunks -----------------------------------------------------------------------------------------------------------
+
+    def recipe(self, sha256: str) -> Recipe | None:
+        path = self._recipe(sha256)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        recipe = decode(data, str(path))
+        if recipe.sha256 != sha256:
+            raise FormatError(f"{path} is damaged (it is of another file); restore it from a backup.")
+        return recipe
+
+    def keep_recipe(self, recipe: Recipe) -> None:
+        with self.receive() as incoming:
+            incoming.write(memoryview(encode(recipe)))
+            incoming.publish(self._recipe(recipe.sha256))
+
+    def xorb_path(self, digest: bytes) -> Path:
+        """Where a xorb lies, or would."""
+        name = hashes.text(digest)
+        return self._xorbs / name[:2] / name
+
+    def has_xorb(self, digest: bytes) -> bool:
+        return self.xorb_path(digest).is_file()
+
+    def open_xorb(self, digest: bytes) -> StoredXorb:
+        with self._mutex:
+            if (found := self._open_xorbs.get(digest)) is not None:
+                self._open_xorbs.move_to_end(digest)
+                return found
+        path = self.xorb_path(digest)
+        if not path.is_file():
+            raise FormatError(f"The registry at {self.root} has lost the xorb {path.name}; restore it from a backup.")
+        source = FileSource(path)
+        index = read_index(source)
+        if index.digest != digest:
+            raise FormatError(f"{path} is damaged (it is another xorb); restore it from a backup.")
+        stored = StoredXorb(index, source)
+        with self._mutex:
+            self._open_xorbs[digest] = stored
+            while len(self._open_xorbs) > _KEPT_XORBS:
+                self._open_xorbs.popitem(last=False)
+        return stored
+
+    # Coming in --------------------------------------------------------------------------------------------------------
 
     def receive(self) -> AbstractContextManager[LocalIncoming]:
         return self._receive()
@@ -131,7 +225,14 @@ class LocalIncoming:
         return True
 
     def keep(self, sha256: str) -> None:
-        target = self._content.path(sha256)
+        self.publish(self._content._blob(sha256))
+
+    def keep_xorb(self, index: XorbIndex) -> None:
+        self.write(memoryview(index.footer))
+        self.publish(self._content.xorb_path(index.digest))
+
+    def publish(self, target: Path) -> None:
+        """Make it durable, read-only, and visible under another name."""
         with disk(self._content.root):
             os.fsync(self._descriptor)
             os.fchmod(self._descriptor, 0o444)
@@ -161,3 +262,4 @@ def disk(root: Path) -> AbstractContextManager[None]:
 
 
 _: type[Incoming] = LocalIncoming
+__: type[Content] = LocalContent

@@ -15,6 +15,9 @@ from typing import Protocol
 
 from surgery.errors import InputError, OutputError
 from surgery.hub.naming import RepositoryName
+from surgery.hub.xet.recipes import Recipe, StoredXorb
+from surgery.hub.xet.xorbs import XorbIndex
+from surgery.source import Source
 
 BRANCHES = "refs/heads/"
 TAGS = "refs/tags/"
@@ -97,9 +100,16 @@ class Incoming(Protocol):
         """Make it durable and visible. Nothing happens if content of that hash is there already."""
         ...
 
+    def keep_xorb(self, index: XorbIndex) -> None:
+        """Make it durable and visible as a xorb, with its footer. The caller has proved its hash."""
+        ...
+
 
 class Content(Protocol):
-    """Bytes by their SHA-256. What is there is whole, never changes, and survives a crash of the machine."""
+    """Bytes by their SHA-256. What is there is whole, never changes, and survives a crash of the machine.
+
+    Content lies as it is, or as a recipe of chunks that lie in xorbs (`surgery.hub.xet`); or both.
+    """
 
     def size(self, sha256: str) -> int | None:
         """Length in bytes, or None where there is none."""
@@ -109,8 +119,30 @@ class Content(Protocol):
         """Where it lies as a file of its own, if it does; to read from, never to write to."""
         ...
 
+    def open(self, sha256: str) -> Source:
+        """To read from. Raises `FormatError` where there is none."""
+        ...
+
+    def stored(self, sha256: str) -> int:
+        """Bytes that go away with it: of a file that lies in xorbs only the recipe."""
+        ...
+
     def receive(self) -> AbstractContextManager[Incoming]:
         """A place for new content, which is gone after the `with` unless it was kept."""
+        ...
+
+    def recipe(self, sha256: str) -> Recipe | None:
+        """The chunks that it is made of, where it came in as chunks."""
+        ...
+
+    def keep_recipe(self, recipe: Recipe) -> None:
+        """Make a file of chunks visible. Its xorbs are stored, and the caller has proved its hash."""
+        ...
+
+    def has_xorb(self, digest: bytes) -> bool: ...
+
+    def open_xorb(self, digest: bytes) -> StoredXorb:
+        """To read from. Raises `FormatError` where there is none."""
         ...
 
     def touch(self, sha256: str) -> bool:
@@ -139,6 +171,16 @@ class Metadata(Protocol):
 
     def delete(self, name: RepositoryName, kind: str = "model") -> Collection[str]:
         """Forget a repository. Returns the SHA-256 sums that it referred to."""
+        ...
+
+    def move(self, name: RepositoryName, new: RepositoryName, kind: str) -> None:
+        """Give a repository another name. Raises `ConflictError` where one has it."""
+        ...
+
+    def set_private(self, name: RepositoryName, kind: str, private: bool) -> None: ...
+
+    def holding(self, sha256: str) -> Sequence[Repository]:
+        """Every repository with a commit that refers to this content."""
         ...
 
     def refs(self, name: RepositoryName, kind: str = "model") -> Mapping[str, str]:

@@ -1,28 +1,20 @@
-"""Repositories, commits and refs in SQLite: one file, `registry.sqlite`, and one transaction for each change.
-
-Every change begins with `BEGIN IMMEDIATE`, so that changes come one after the other, in however many processes.
-`synchronous=FULL` has SQLite sync before a commit returns. The journal is SQLite's default, a rollback journal: it
-needs no shared memory, so that readers without the right to write can read; a server may switch to WAL.
-"""
+"""Repositories, commits and refs in SQLite: one file, `registry.sqlite`, and one transaction for each change."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sqlite3
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import FormatError, InputError, OutputError
+from surgery.errors import FormatError, InputError
+from surgery.hub.database import Database
 from surgery.hub.interfaces import BRANCHES, Commit, ConflictError, ContentMissingError, FileEntry, Repository
 from surgery.hub.naming import RepositoryName
 
 SCHEMA = 1
-# Seconds to wait while another process changes something; a change takes milliseconds.
-_PATIENCE = 60.0
 _TABLES = """
 CREATE TABLE repositories (
     id INTEGER PRIMARY KEY,
@@ -67,84 +59,11 @@ CREATE INDEX contents_by_tree ON contents (tree);
 """
 
 
-class SqliteMetadata:
+class SqliteMetadata(Database):
     """See the module. One object may be used from several threads; each transaction has the connection to itself."""
 
     def __init__(self, path: Path, create: bool = True) -> None:
-        self._path = path
-        self._mutex = threading.RLock()
-        with self._sqlite():
-            # isolation_level=None: transactions begin where this module says so.
-            mode = "rwc" if create else "ro"
-            self._db = sqlite3.connect(
-                f"{path.absolute().as_uri()}?mode={mode}",
-                uri=True,
-                timeout=_PATIENCE,
-                isolation_level=None,
-                check_same_thread=False,
-            )
-            self._db.execute("PRAGMA foreign_keys = ON")
-            self._db.execute("PRAGMA synchronous = FULL")
-            if create and self._version() == 0:
-                with self._change():
-                    if self._version() == 0:  # another process may have come first
-                        for statement in _TABLES.split(";\n"):
-                            self._db.execute(statement)
-                        self._db.execute(f"PRAGMA user_version = {SCHEMA}")
-            if self._version() != SCHEMA:
-                raise FormatError(
-                    f"{path} has schema {self._version()}, expected {SCHEMA}; use the version of this tool that made "
-                    "it."
-                )
-
-    def close(self) -> None:
-        self._db.close()
-
-    def __del__(self) -> None:
-        if (db := getattr(self, "_db", None)) is not None:
-            db.close()
-
-    def _version(self) -> int:
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        return int(version)
-
-    @contextlib.contextmanager
-    def _sqlite(self) -> Iterator[None]:
-        """Turn SQLite's errors into one sentence."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            code = getattr(error, "sqlite_errorname", "")
-            if code.startswith("SQLITE_FULL"):
-                raise OutputError(
-                    f"The disk is full: nothing was added to the registry at {self._path.parent}; free some space and "
-                    "try again."
-                ) from error
-            if code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-                raise OutputError(
-                    f"The registry at {self._path.parent} was busy for {_PATIENCE:.0f} seconds; try again."
-                ) from error
-            if code.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
-                raise FormatError(f"{self._path} is damaged ({error}); restore it from a backup.") from error
-            raise OutputError(f"{self._path} cannot be used: {error}.") from error
-
-    @contextlib.contextmanager
-    def _change(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that changes something; only one at a time, in all processes."""
-        with self._mutex, self._sqlite():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-
-    @contextlib.contextmanager
-    def _look(self) -> Iterator[sqlite3.Connection]:
-        with self._mutex, self._sqlite():
-            yield self._db
+        super().__init__(path, _TABLES, SCHEMA, create)
 
     # Repositories -----------------------------------------------------------------------------------------------------
 
@@ -195,6 +114,27 @@ class SqliteMetadata:
             db.execute("DELETE FROM repositories WHERE id = ?", (number,))
             db.execute("DELETE FROM trees WHERE id NOT IN (SELECT tree FROM commits)")
             return {sha256 for (sha256,) in rows}
+
+    def move(self, name: RepositoryName, new: RepositoryName, kind: str) -> None:
+        with self._change() as db:
+            number = self._id(name, kind)
+            if (found := self._row(new, kind)) is not None and found[0] != number:
+                raise ConflictError(f"There is a {kind} called {_repository(found).name} already.")
+            row = (new.namespace, new.name, new.key, number)
+            db.execute("UPDATE repositories SET namespace = ?, name = ?, key = ? WHERE id = ?", row)
+
+    def set_private(self, name: RepositoryName, kind: str, private: bool) -> None:
+        with self._change() as db:
+            db.execute("UPDATE repositories SET private = ? WHERE id = ?", (private, self._id(name, kind)))
+
+    def holding(self, sha256: str) -> Sequence[Repository]:
+        with self._look() as db:
+            rows = db.execute(
+                "SELECT DISTINCT r.id, kind, namespace, name, private, created, updated FROM contents "
+                "JOIN commits USING (tree) JOIN repositories r ON r.id = commits.repository WHERE sha256 = ?",
+                (sha256,),
+            ).fetchall()
+        return [_repository(row) for row in rows]
 
     # Refs and commits -------------------------------------------------------------------------------------------------
 

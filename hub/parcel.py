@@ -26,7 +26,14 @@ from surgery.source import BytesSource, FileSource, Source
 CARD = "README.md"
 # A card of a person beyond this size is not rewritten.
 MAX_CARD = 1_000_000
-_LFS_FROM = 10_000_000  # bytes; the Hub keeps larger files in LFS whatever they are
+# What the Hub's own .gitattributes names beside weights. Programs count on it: datasets removes a .parquet once it is
+# uploaded, and expects it to be no part of the commit itself.
+_BINARY = (
+    ".7z", ".arrow", ".avi", ".bmp", ".bz2", ".flac", ".gif", ".gz", ".jpeg", ".jpg", ".joblib", ".mlmodel", ".model",
+    ".mp3", ".mp4", ".npy", ".ogg", ".parquet", ".pb", ".pickle", ".png", ".rar", ".tar", ".tgz", ".tiff", ".wasm",
+    ".wav", ".webm", ".webp", ".xz", ".zip", ".zst",
+)  # fmt: skip
+LFS_FROM = 10_000_000  # bytes; the Hub keeps larger files in LFS whatever they are
 _SKIPPED_FOLDERS = {"__pycache__", "node_modules"}
 _KEPT_HIDDEN = {".gitattributes"}
 
@@ -197,5 +204,5 @@ def describe(path: str, source: Source, sinks: Sequence[Sink], advance: Callable
 
 
 def is_lfs(path: str, size: int) -> bool:
-    """Whether git would keep a file in LFS: weights, and whatever is large."""
-    return size > _LFS_FROM or (path.endswith(WEIGHT_SUFFIXES) and not path.endswith(".json"))
+    """Whether git would keep a file in LFS: weights, packed and binary data, and whatever is large."""
+    return size > LFS_FROM or (path.endswith((*WEIGHT_SUFFIXES, *_BINARY)) and not path.endswith(".json"))

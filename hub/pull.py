@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,7 +21,7 @@ from surgery.errors import InputError, IntegrityError, MismatchError, OptionErro
 from surgery.execute import NoProgress, Progress
 from surgery.hashing import HashBook
 from surgery.hub.endpoint import LOCAL, Endpoint, configured
-from surgery.hub.interfaces import FileEntry
+from surgery.hub.interfaces import Content, FileEntry
 from surgery.hub.naming import RepositoryName, check_paths, parse_target
 from surgery.hub.store import existing_registry
 from surgery.hub.transfer import git_blob, pump, reserve, write_all
@@ -110,11 +110,11 @@ class _Local:
     name: str
     commit: str
     files: Sequence[FileEntry]
-    paths: Mapping[str, Path]
+    content: Content
     endpoint: str = "local"
 
     def open(self, entry: FileEntry) -> Source:
-        return FileSource(self.paths[entry.sha256])
+        return self.content.open(entry.sha256)
 
 
 def pull(
@@ -184,15 +184,13 @@ def _find_local(name: RepositoryName, revision: str | None, registry: Path | Non
         if store.metadata.find(name) is None:
             return None
         found = store.find(name, revision)
-    paths = {entry.sha256: store.content.path(entry.sha256) for entry in found.files}
-    kept = {sha256: path for sha256, path in paths.items() if path is not None and path.is_file()}
-    lost = [entry.path for entry in found.files if entry.sha256 not in kept]
+    lost = [entry.path for entry in found.files if store.content.size(entry.sha256) is None]
     if lost:
         raise IntegrityError(
             f"The registry at {store.root} has lost the content of {lost[0]} of {found.repository.name}; push it "
             "again, or restore it from a backup."
         )
-    return _Local(str(found.repository.name), found.commit.id, found.files, kept)
+    return _Local(str(found.repository.name), found.commit.id, found.files, store.content)
 
 
 def _fetch_all(remote: Remote, staging: Staging, progress: Progress, nbytes: int) -> int:

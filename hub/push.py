@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from surgery.errors import OutputError
+from surgery.errors import InputError, OutputError
 from surgery.execute import NoProgress, Progress
 from surgery.folder import LocalFolder
 from surgery.hub.content import LocalContent, LocalIncoming
@@ -23,7 +23,7 @@ from surgery.hub.naming import MAIN, check_branch, parse_target
 from surgery.hub.parcel import CARD, MAX_CARD, DataChecks, Parcel, describe, pack, scan
 from surgery.hub.store import Registry, Revision, open_registry, registry_path
 from surgery.hub.transfer import Sink
-from surgery.source import Source
+from surgery.source import Source, read_bytes
 from surgery.writer import free_bytes
 
 _TRIES = 20
@@ -122,11 +122,11 @@ def push(
 
 def _card_of(store: Registry, head: Revision | None) -> str | None:
     entry = next((entry for entry in head.files if entry.path == CARD), None) if head is not None else None
-    if entry is None or entry.size > MAX_CARD or (path := store.content.path(entry.sha256)) is None:
+    if entry is None or entry.size > MAX_CARD or store.content.size(entry.sha256) is None:
         return None
     try:
-        return path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError):
+        return read_bytes(store.content.open(entry.sha256), 0, entry.size).decode()
+    except (InputError, UnicodeDecodeError):
         return None
 
 

@@ -3,6 +3,7 @@
     <root>/registry.json      the format's version
     <root>/registry.sqlite    repositories, commits, refs (`metadata`)
     <root>/blobs/ab/abcd...   content by SHA-256 (`content`)
+    <root>/recipes, xorbs     content that came in as chunks (`surgery.hub.xet`)
     <root>/incoming/          content on its way in
     <root>/snapshots/<tree>/  a commit's files as links into blobs/, made when first read; may be deleted at any time
 
@@ -21,6 +22,7 @@ import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from surgery.errors import FormatError, InputError, OutputError
@@ -30,6 +32,8 @@ from surgery.hub.content import LocalContent, disk
 from surgery.hub.interfaces import BRANCHES, TAGS, Commit, ConflictError, Content, FileEntry, Metadata, Repository
 from surgery.hub.metadata import SqliteMetadata, encode_tree
 from surgery.hub.naming import MAIN, RepositoryName, check_branch
+from surgery.hub.transfer import pump, write_all
+from surgery.source import Source
 from surgery.writer import sync
 
 FORMAT = 1
@@ -80,33 +84,34 @@ class Registry:
 
     # Reading ----------------------------------------------------------------------------------------------------------
 
-    def find(self, name: RepositoryName, revision: str | None = None) -> Revision:
+    def find(self, name: RepositoryName, revision: str | None = None, kind: str = "model") -> Revision:
         """A repository at a branch, tag or commit; its `main` by default. Raises `InputError` where there is none."""
-        repository = self.metadata.find(name)
+        repository = self.metadata.find(name, kind)
         if repository is None:
-            raise InputError(f"There is no model called {name} in the registry at {self.root}.")
-        commit = self._commit(repository, revision or MAIN)
+            raise InputError(f"There is no {kind} called {name} in the registry at {self.root}.")
+        commit = self.resolve(repository, revision or MAIN)
         if commit is None:
             at = f"revision {revision!r}" if revision else "commit yet"
             raise InputError(f"{repository.name} in the registry at {self.root} has no {at}.")
         return Revision(repository, commit, tuple(self.metadata.files(commit.tree)))
 
-    def _commit(self, repository: Repository, revision: str) -> Commit | None:
-        refs = self.metadata.refs(repository.name)
+    def resolve(self, repository: Repository, revision: str) -> Commit | None:
+        """The commit that a branch, a tag, a full ref, or the first digits of an id stand for."""
+        refs = self.metadata.refs(repository.name, repository.kind)
         target = refs.get(BRANCHES + revision) or refs.get(TAGS + revision) or refs.get(revision)
         if target is not None:
-            return next(iter(self.metadata.history(repository.name, target)))
+            return next(iter(self.metadata.history(repository.name, target, repository.kind)))
         digits = set(revision) <= set("0123456789abcdef")
         if digits and _LEAST_PREFIX <= len(revision) <= 40:
-            return self.metadata.find_commit(repository.name, revision)
+            return self.metadata.find_commit(repository.name, revision, repository.kind)
         return None
 
-    def head(self, name: RepositoryName, branch: str) -> Revision | None:
+    def head(self, name: RepositoryName, branch: str, kind: str = "model") -> Revision | None:
         """The newest commit of a branch, or None where there is none."""
-        repository = self.metadata.find(name)
-        if repository is None or (target := self.metadata.refs(name).get(BRANCHES + branch)) is None:
+        repository = self.metadata.find(name, kind)
+        if repository is None or (target := self.metadata.refs(name, kind).get(BRANCHES + branch)) is None:
             return None
-        commit = next(iter(self.metadata.history(name, target)))
+        commit = next(iter(self.metadata.history(name, target, kind)))
         return Revision(repository, commit, tuple(self.metadata.files(commit.tree)))
 
     def snapshot(self, found: Revision) -> Path:
@@ -132,14 +137,17 @@ class Registry:
         making = place.with_name(f".{place.name[:16]}-{secrets.token_hex(4)}")
         try:
             for entry in found.files:
-                blob = self.content.path(entry.sha256)
-                if blob is None or not blob.is_file():
+                if self.content.size(entry.sha256) is None:
                     raise FormatError(
                         f"The registry at {self.root} has lost the content of {entry.path} of {found.repository.name}; "
                         "push it again, or restore it from a backup."
                     )
                 link = making / entry.path
                 link.parent.mkdir(parents=True, exist_ok=True)
+                blob = self.content.path(entry.sha256)
+                if blob is None:  # it lies in xorbs
+                    _put_together(self.content.open(entry.sha256), link)
+                    continue
                 inside = place.is_relative_to(self.root)
                 link.symlink_to(os.path.relpath(blob, link.parent) if inside else blob.absolute())
             making.mkdir(exist_ok=True)
@@ -174,6 +182,7 @@ class Registry:
         files: Iterable[FileEntry],
         message: str,
         facts: Mapping[str, object],
+        kind: str = "model",
     ) -> Commit:
         """Commit a whole tree on top of `expected`, where the branch has to be.
 
@@ -184,15 +193,15 @@ class Registry:
         tree = tree_id(ordered)
         now = int(time.time())
         commit = Commit(commit_id(tree, expected, message, now), expected, tree, message, now, facts)
-        self.metadata.commit(name, branch, expected, commit, ordered, self._missing)
+        self.metadata.commit(name, branch, expected, commit, ordered, self._missing, kind)
         return commit
 
     def _missing(self, digests: Collection[str]) -> list[str]:
         return [sha256 for sha256 in digests if self.content.size(sha256) is None]
 
-    def delete(self, name: RepositoryName) -> int:
+    def delete(self, name: RepositoryName, kind: str = "model") -> int:
         """Forget a repository with its history, and remove the content that no other one has. Returns bytes freed."""
-        candidates = self.metadata.delete(name)
+        candidates = self.metadata.delete(name, kind)
         freed = self._sweep(candidates)
         self._clear_snapshots()
         return freed
@@ -209,7 +218,7 @@ class Registry:
 
         def remove(sha256: str) -> None:
             nonlocal freed
-            freed += self.content.size(sha256) or 0
+            freed += self.content.stored(sha256)
             self.content.remove(sha256)
 
         with disk(self.root):
@@ -244,6 +253,12 @@ class RegistryFolder(LocalFolder):
     def stays_inside(self, name: str) -> bool:  # noqa: ARG002 - every link is like every other
         # Every link was made here, to the content of this registry.
         return True
+
+
+def _put_together(source: Source, path: Path) -> None:
+    with open(path, "xb", buffering=0) as file:
+        pump(source, [partial(write_all, file.fileno())], lambda _: None)
+        os.fchmod(file.fileno(), 0o444)
 
 
 def tree_id(files: Sequence[FileEntry]) -> str:

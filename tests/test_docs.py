@@ -21,6 +21,7 @@ from surgery.analysis import report as analysis
 from surgery.cli.main import COMMANDS
 from surgery.evaluation import report as evaluation
 from surgery.hub import account, listing, pull, push
+from surgery.hub.server import run as serving
 from surgery.ops import inspection, lint, verify
 from surgery.training import estimate
 from surgery.training import report as training
@@ -131,9 +132,8 @@ def _parts(hint: Any) -> Iterator[type]:
 def _reported() -> list[type]:
     """Every dataclass that `--json` can print: the reports, and what they hold."""
     modules: tuple[types.ModuleType, ...] = (
-        reports, inspection, verify, operation, lint, push, pull, listing, account, upcycling, estimate, training,
-        evaluation,
-        analysis,
+        reports, inspection, verify, operation, lint, push, pull, listing, account, serving, upcycling, estimate,
+        training, evaluation, analysis,
     )  # fmt: skip
     todo = [
         found

@@ -9,6 +9,7 @@ from pathlib import Path
 from surgery.hub.interfaces import FileEntry
 from surgery.hub.store import Registry, commit_id, tree_id
 from surgery.hub.transfer import git_blob, lfs_pointer_oid
+from surgery.source import read_bytes
 from tests.tools import square_adapter
 
 
@@ -38,9 +39,7 @@ def assert_sound(registry: Registry) -> int:
                 assert commit.tree == tree_id(files)
                 assert commit.id == commit_id(commit.tree, commit.parent, commit.message, commit.time)
                 for file in files:
-                    path = registry.content.path(file.sha256)
-                    assert path is not None
-                    data = path.read_bytes()
+                    data = read_bytes(registry.content.open(file.sha256), 0, file.size)
                     assert hashlib.sha256(data).hexdigest() == file.sha256
                     assert len(data) == file.size
                     if file.lfs:

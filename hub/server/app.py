@@ -1,0 +1,164 @@
+"""Which request goes where.
+
+Paths are matched as they came, still percent-encoded: a revision such as `refs%2Fpr%2F1` is one part of a path.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from surgery.errors import OutputError, SurgeryError
+from surgery.hub.server import cas, commits, copies, files, lfs, repos
+from surgery.hub.server.hub import Call, Hub, identify
+from surgery.hub.server.web import HttpError, json_response, unquoted
+
+Handler = Callable[[Call], Awaitable[Response]]
+log = logging.getLogger("surgery.hub")
+
+_NOWHERE = "There is no such address."
+_KINDS = {"models": "model", "datasets": "dataset"}
+# Method and address below /api.
+_API: dict[tuple[str, str], Handler] = {
+    ("GET", "whoami-v2"): repos.whoami,
+    ("POST", "validate-yaml"): commits.validate_yaml,
+    ("POST", "repos/create"): repos.create,
+    ("DELETE", "repos/delete"): repos.delete,
+    ("POST", "repos/move"): repos.move,
+}
+
+
+async def _lfs_files(call: Call) -> Response:
+    if call.rest != ("duplicate",):
+        raise HttpError(404, _NOWHERE)
+    return await copies.copy_files(call)
+
+
+# Method and the word after a repository's name; then how many parts follow at least, and at most.
+_VERBS: dict[tuple[str, str], tuple[Handler, int, int]] = {
+    ("GET", "revision"): (files.info, 1, 1),
+    ("GET", "tree"): (files.tree, 1, 1000),
+    ("POST", "paths-info"): (files.paths_info, 1, 1),
+    ("GET", "refs"): (repos.refs, 0, 0),
+    ("POST", "branch"): (repos.branch, 1, 100),
+    ("DELETE", "branch"): (repos.branch, 1, 100),
+    ("POST", "tag"): (repos.tag, 1, 100),
+    ("DELETE", "tag"): (repos.tag, 1, 100),
+    ("GET", "commits"): (repos.commits, 1, 1),
+    ("POST", "preupload"): (commits.preupload, 1, 1),
+    ("POST", "commit"): (commits.commit, 1, 1),
+    ("PUT", "settings"): (repos.settings, 0, 0),
+    ("GET", "auth-check"): (repos.auth_check, 0, 1),
+    ("POST", "duplicate"): (copies.duplicate, 0, 0),
+    ("POST", "lfs-files"): (_lfs_files, 1, 1),
+    ("GET", "xet-read-token"): (cas.give_token, 1, 1),
+    ("GET", "xet-write-token"): (cas.give_token, 1, 1),
+}
+
+
+class App:
+    """The server as an ASGI application."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        request = Request(scope, receive)
+        try:
+            response = await self._route(request)
+        except HttpError as error:
+            response = error.response()
+        except SurgeryError as error:
+            response = _of(error).response()
+        await response(scope, receive, send)
+
+    async def _route(self, request: Request) -> Response:
+        path = request.scope["raw_path"].decode("latin-1").partition("?")[0]
+        parts = tuple(path.strip("/").split("/"))
+        base = Call(self.hub, request, None).base
+        match request.method, *parts:
+            case _, "cas", *rest:
+                return await cas.handle(self.hub, request, tuple(rest), base)
+            case "PUT", "lfs", oid:
+                return await lfs.put(self.hub, request, oid)
+            case "GET" | "HEAD", "health":
+                return await self._health()
+        call = Call(self.hub, request, await identify(self.hub, request))
+        if parts[0] == "api":
+            return await _api(call, parts[1:])
+        return await _page(call, parts)
+
+    async def _health(self) -> Response:
+        """Whether the registry answers."""
+        await run_in_threadpool(self.hub.metadata.has_size, 0)
+        await run_in_threadpool(self.hub.accounts.is_empty)
+        return json_response({"status": "ok"})
+
+
+async def _api(call: Call, parts: tuple[str, ...]) -> Response:
+    method = "GET" if call.request.method == "HEAD" else call.request.method
+    if (handler := _API.get((method, "/".join(parts)))) is not None:
+        return await handler(call)
+    if not parts or (kind := _KINDS.get(parts[0])) is None:
+        raise HttpError(404, _NOWHERE)
+    if len(parts) == 1:
+        if method != "GET":
+            raise HttpError(405, _NOWHERE)
+        return await repos.listing(Call(call.hub, call.request, call.identity, kind))
+    # A name alone if a word with a meaning follows; else a name of two parts.
+    length = 1 if len(parts) > 2 and parts[2] in repos.RESERVED else 2
+    name = "/".join(unquoted(part) for part in parts[1 : 1 + length])
+    rest = parts[1 + length :]
+    if not rest:
+        if method != "GET":
+            raise HttpError(405, _NOWHERE)
+        return await files.info(call.at(kind, name, ()))
+    found = _VERBS.get((method, rest[0]))
+    if found is None or not found[1] <= len(rest) - 1 <= found[2]:
+        raise HttpError(404, _NOWHERE)
+    return await found[0](call.at(kind, name, rest[1:]))
+
+
+async def _page(call: Call, parts: tuple[str, ...]) -> Response:
+    """`/{id}/resolve/...` and `/{id}.git/info/lfs/...`, with `datasets/` before them for a dataset."""
+    kind = "model"
+    if parts[0] in _KINDS:
+        kind, parts = _KINDS[parts[0]], parts[1:]
+    for length in (1, 2):
+        name = "/".join(unquoted(part) for part in parts[:length])
+        match call.request.method, *parts[length:]:
+            case "GET" | "HEAD", "resolve", _, _, *_:
+                return await files.resolve(call.at(kind, name, parts[length + 1 :]))
+            case "POST", "info", "lfs", "objects", "batch" if name.endswith(".git"):
+                return await lfs.batch(call.at(kind, name.removesuffix(".git"), ()))
+            case "POST", "info", "lfs", "verify" if name.endswith(".git"):
+                return await lfs.verify(call.at(kind, name.removesuffix(".git"), ()))
+    raise HttpError(404, _NOWHERE)
+
+
+def _of(error: SurgeryError) -> HttpError:
+    """What is wrong with the registry is for the log; a stranger is told only that something is."""
+    log.error("%s", error)
+    if isinstance(error, OutputError):
+        return HttpError(507, "The server cannot store this; its log says why.")
+    return HttpError(500, "Something is wrong with what is stored; the server's log says what.")
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        message = await receive()
+        if message["type"] == "lifespan.startup":
+            await send({"type": "lifespan.startup.complete"})
+        elif message["type"] == "lifespan.shutdown":
+            await send({"type": "lifespan.shutdown.complete"})
+            return

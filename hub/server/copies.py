@@ -1,0 +1,58 @@
+"""Copies that are made without sending anything: of a repository, and of files from one repository to another."""
+
+from __future__ import annotations
+
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from surgery.hub.naming import MAIN
+from surgery.hub.server.hub import Call
+from surgery.hub.server.repos import make, parsed_target
+from surgery.hub.server.web import HttpError, json_body, json_response, text_of
+
+_MAX_FILES = 10_000
+
+
+async def duplicate(call: Call) -> Response:
+    """`POST /api/models/{id}/duplicate`: the newest files of `main` under another name, without the history."""
+    body = await json_body(call.request)
+
+    def copy() -> dict[str, object]:
+        source = call.revision(MAIN)
+        target = {**body, "name": text_of(body.get("repository"), "repository"), "type": source.repository.kind}
+        private = source.repository.private
+        described, name = make(call, target, private)
+        head = call.hub.registry.head(name, MAIN, call.kind)
+        assert head is not None
+        message = f"Duplicate of {source.repository.name} at {source.commit.id}"
+        call.hub.registry.commit(
+            name, MAIN, head.commit.id, source.files, message, source.commit.facts, source.repository.kind
+        )
+        return described
+
+    return json_response(await run_in_threadpool(copy))
+
+
+async def copy_files(call: Call) -> Response:
+    """`POST /api/models/{id}/lfs-files/duplicate`, before a commit to another repository names files of this one.
+
+    Content is kept once for all repositories: it is enough that this person may read it here and write there.
+    """
+    body = await json_body(call.request)
+    files, target = body.get("files"), body.get("target")
+    if not isinstance(files, list) or len(files) > _MAX_FILES or not isinstance(target, dict):
+        raise HttpError(400, f"files has to be a list of at most {_MAX_FILES}, and target a repository.")
+
+    def check() -> list[dict[str, object]]:
+        found = call.repository()
+        kind, name = parsed_target(call, target)
+        call.at(kind, str(name), ()).writable()
+        failed: list[dict[str, object]] = []
+        for item in files:
+            sha256 = text_of(item.get("sha256") if isinstance(item, dict) else None, "sha256")
+            here = any((r.kind, r.name.key) == (found.kind, found.name.key) for r in call.hub.metadata.holding(sha256))
+            if not here:
+                failed.append({"sha256": sha256, "error": f"{found.name} has no such file."})
+        return failed
+
+    return json_response({"failed": await run_in_threadpool(check)})

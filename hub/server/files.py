@@ -1,0 +1,178 @@
+"""Reading: files by name, listings of files, and what a repository is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from urllib.parse import parse_qs
+
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from surgery.hub.interfaces import Commit, FileEntry
+from surgery.hub.server import describing
+from surgery.hub.server.hub import Call
+from surgery.hub.server.web import HttpError, json_response, page, parse_range, stream, unquoted, whole_body
+from surgery.hub.store import Revision
+from surgery.hub.xet import hashes
+
+_MAX_FORM = 4 << 20
+_TEXT = (".md", ".txt", ".json", ".jsonl", ".yaml", ".yml", ".py", ".csv")
+
+
+async def resolve(call: Call) -> Response:
+    """`GET` and `HEAD /{id}/resolve/{revision}/{path}`: a file."""
+    revision, path = unquoted(call.rest[0]), unquoted("/".join(call.rest[1:]))
+    found = await run_in_threadpool(call.revision, revision)
+    head = {"X-Repo-Commit": found.commit.id}
+    entry = next((entry for entry in found.files if entry.path == path), None)
+    if entry is None:
+        raise HttpError(404, "Entry not found", "EntryNotFound", head)
+    etag = f'"{entry.sha256 if entry.lfs else entry.oid}"'
+    head |= {"ETag": etag, "Vary": "Authorization", "Cache-Control": "private, no-cache"}
+    if entry.lfs:
+        head |= {"X-Linked-Etag": etag, "X-Linked-Size": str(entry.size)}
+        recipe = await run_in_threadpool(call.hub.content.recipe, entry.sha256)
+        if recipe is not None:
+            kind = f"{found.repository.kind}s"
+            route = f"{call.base}/api/{kind}/{found.repository.name}/xet-read-token/{found.commit.id}"
+            head |= {
+                "X-Xet-Hash": hashes.text(recipe.digest),
+                "X-Xet-Refresh-Route": route,
+                "Link": f'<{route}>; rel="xet-auth"',
+            }
+    matching = [part.strip().removeprefix("W/") for part in call.request.headers.get("if-none-match", "").split(",")]
+    if etag in matching or "*" in matching:
+        return Response(None, 304, head)
+    source = await run_in_threadpool(call.hub.content.open, entry.sha256)
+    head["Content-Type"] = "text/plain; charset=utf-8" if path.endswith(_TEXT) else "application/octet-stream"
+    if_range = call.request.headers.get("if-range")
+    asked = call.request.headers.get("range") if if_range in (None, etag) else None
+    return stream(source, parse_range(asked, entry.size), head, call.request.method == "HEAD")
+
+
+async def info(call: Call) -> Response:
+    """`GET /api/models/{id}` and `/api/models/{id}/revision/{revision}`."""
+    query = parse_qs(call.request.url.query)
+    blobs = _is_set(query.get("blobs"))
+
+    def describe() -> dict[str, object]:
+        found = call.repository()
+        if call.rest:
+            head: Revision | None = call.revision(unquoted(call.rest[0]))
+        else:
+            head = call.hub.registry.head(found.name, "main", found.kind)
+        return describing.repository(found, head, call.hub.content, blobs)
+
+    return json_response(await run_in_threadpool(describe))
+
+
+def _is_set(values: list[str] | None) -> bool:
+    return bool(values) and values is not None and values[-1].lower() in ("1", "true")
+
+
+async def tree(call: Call) -> Response:
+    """`GET /api/models/{id}/tree/{revision}[/{path}]?recursive=&expand=`."""
+    revision, path = unquoted(call.rest[0]), unquoted("/".join(call.rest[1:])).strip("/")
+    query = parse_qs(call.request.url.query)
+    recursive, expand = _is_set(query.get("recursive")), _is_set(query.get("expand"))
+    begin, limit = page(query)
+
+    def describe() -> tuple[list[dict[str, object]], bool]:
+        found = call.revision(revision)
+        listed = _listed(found.files, path, recursive)
+        if path and not listed:
+            raise HttpError(404, f"{path} does not exist on {revision}", "EntryNotFound",
+                            {"X-Repo-Commit": found.commit.id})  # fmt: skip
+        page = listed[begin : begin + limit]
+        last = _last_commits(call, found, [item if isinstance(item, str) else item.path for item in page], expand)
+        return [_described(call, found, item, last) for item in page], begin + limit < len(listed)
+
+    items, more = await run_in_threadpool(describe)
+    return json_response(items, headers=next_page(call, begin + limit) if more else None)
+
+
+def next_page(call: Call, begin: int) -> dict[str, str]:
+    """The header that leads to the next page, on this very server."""
+    url = call.request.url.include_query_params(cursor=begin)
+    path = call.request.scope["raw_path"].decode("latin-1")
+    return {"Link": f'<{call.base}{path}?{url.query}>; rel="next"'}
+
+
+def _listed(files: Iterable[FileEntry], path: str, recursive: bool) -> list[FileEntry | str]:
+    """Files and folders (by name) below a path, in order; of a file's own path the file itself."""
+    prefix = f"{path}/" if path else ""
+    found: dict[str, FileEntry | str] = {}
+    for entry in files:
+        if entry.path == path:
+            return [entry]
+        if not entry.path.startswith(prefix):
+            continue
+        parts = entry.path[len(prefix) :].split("/")
+        for depth in range(1, len(parts)) if recursive else ([1] if len(parts) > 1 else []):
+            folder = prefix + "/".join(parts[:depth])
+            found.setdefault(folder, folder)
+        if recursive or len(parts) == 1:
+            found[entry.path] = entry
+    return list(found.values())
+
+
+def _described(call: Call, found: Revision, item: FileEntry | str, last: dict[str, Commit]) -> dict[str, object]:
+    if isinstance(item, FileEntry):
+        return describing.file(item, call.hub.content, last.get(item.path))
+    return describing.folder(item, _folder_id(found.files, item), last.get(item))
+
+
+def _folder_id(files: Iterable[FileEntry], path: str) -> str:
+    """40 hex digits that change with what is in a folder."""
+    hasher = hashlib.sha256()
+    for entry in files:
+        if entry.path.startswith(f"{path}/"):
+            hasher.update(f"{entry.path}\0{entry.oid}\n".encode())
+    return hasher.hexdigest()[:40]
+
+
+def _last_commits(call: Call, found: Revision, paths: list[str], expand: bool) -> dict[str, Commit]:
+    """The commit that last changed each path."""
+    waiting = set(paths) if expand else set()
+    last: dict[str, Commit] = {}
+    if not waiting:
+        return last
+    now, files = found.commit, found.files
+    for before in [*call.hub.metadata.history(found.repository.name, now.id, found.repository.kind)][1:]:
+        older = tuple(call.hub.metadata.files(before.tree))
+        for path in [path for path in waiting if _content(files, path) != _content(older, path)]:
+            last[path] = now
+            waiting.discard(path)
+        if not waiting:
+            return last
+        now, files = before, older
+    return last | dict.fromkeys(waiting, now)
+
+
+def _content(files: Iterable[FileEntry], path: str) -> list[tuple[str, str]]:
+    return [(entry.path, entry.oid) for entry in files if entry.path == path or entry.path.startswith(f"{path}/")]
+
+
+async def paths_info(call: Call) -> Response:
+    """`POST /api/models/{id}/paths-info/{revision}` with a form of paths. What is not there is left out."""
+    body = await whole_body(call.request, _MAX_FORM)
+    try:
+        form = parse_qs(body.decode(), max_num_fields=10_000)
+    except ValueError:
+        raise HttpError(400, "The body is no form, or has too many fields.") from None
+    paths = [path.strip("/") for path in form.get("paths", [])]
+    expand = _is_set(form.get("expand"))
+    revision = unquoted(call.rest[0])
+
+    def describe() -> list[dict[str, object]]:
+        found = call.revision(revision)
+        known = {entry.path: entry for entry in found.files}
+        folders = {path for path in paths if any(name.startswith(f"{path}/") for name in known)}
+        items: list[FileEntry | str] = [
+            known.get(path, path) for path in dict.fromkeys(paths) if path in known or path in folders
+        ]
+        last = _last_commits(call, found, [item if isinstance(item, str) else item.path for item in items], expand)
+        return [_described(call, found, item, last) for item in items]
+
+    return json_response(await run_in_threadpool(describe))

@@ -1,0 +1,165 @@
+"""What every request needs: the registry, who sends it, and what that person may see."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field, replace
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+
+from surgery.hub.interfaces import Content, Metadata, Repository
+from surgery.hub.naming import RepositoryName, why_not_a_repository
+from surgery.hub.server.interfaces import Accounts, ChunkIndex, Identity
+from surgery.hub.server.signing import Signer
+from surgery.hub.server.web import HttpError
+from surgery.hub.store import Registry, Revision
+
+# How often a repository may be moved until its first name leads nowhere.
+_MOST_MOVES = 20
+_PARSED_AT_ONCE = 4
+WRONG_TOKEN = "Invalid credentials in Authorization header"
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A server's parts.
+
+    Attributes:
+        url: the address under which clients reach it; None to take what each request says.
+        parsing: held while a piece of a commit or a shard is taken apart, which takes memory; for a few at a time.
+    """
+
+    registry: Registry
+    accounts: Accounts
+    index: ChunkIndex
+    signer: Signer
+    url: str | None = None
+    parsing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_PARSED_AT_ONCE))
+
+    @property
+    def content(self) -> Content:
+        return self.registry.content
+
+    @property
+    def metadata(self) -> Metadata:
+        return self.registry.metadata
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request.
+
+    Attributes:
+        identity: who sends it; None for nobody.
+        kind: of the repository: `model` or `dataset`.
+        name: of the repository, as the client writes it.
+        rest: what follows in the path, part by part, as it came.
+    """
+
+    hub: Hub
+    request: Request
+    identity: Identity | None
+    kind: str = "model"
+    name: RepositoryName | None = None
+    rest: tuple[str, ...] = ()
+
+    @property
+    def base(self) -> str:
+        """The server's own address, as the client sees it."""
+        return self.hub.url or f"{self.request.url.scheme}://{self.request.headers.get('host', 'localhost')}"
+
+    def at(self, kind: str, name: str, rest: tuple[str, ...]) -> Call:
+        """The same for a repository. Raises `HttpError` for a name that none can have."""
+        if why_not_a_repository(name) is not None:
+            raise self.no_repository()
+        namespace, _, last = name.rpartition("/")
+        return replace(self, kind=kind, name=RepositoryName(namespace, last), rest=rest)
+
+    def no_repository(self) -> HttpError:
+        """The one answer for what is not there and for what this person may not see."""
+        if self.identity is None:
+            return HttpError(401, "Repository not found, or it needs a token.", "RepoNotFound")
+        return HttpError(404, "Repository not found", "RepoNotFound")
+
+    # These ask the database, and are called in a thread.
+
+    def repository(self) -> Repository:
+        """The repository, if this person may read it."""
+        assert self.name is not None
+        found = self.hub.metadata.find(self.name, self.kind)
+        if found is None:
+            raise self._moved(self.name)
+        if not self.may_read(found):
+            raise self.no_repository()
+        return found
+
+    def may_read(self, repository: Repository) -> bool:
+        return not repository.private if self.identity is None else self.identity.may_read(repository)
+
+    def _moved(self, name: RepositoryName) -> HttpError:
+        """Where a repository that had this name is now."""
+        found, target = None, self.hub.accounts.moved(self.kind, name)
+        for _ in range(_MOST_MOVES):
+            if target is None or (found := self.hub.metadata.find(target, self.kind)) is not None:
+                break
+            target = self.hub.accounts.moved(self.kind, target)
+        if found is None or not self.may_read(found):
+            return self.no_repository()
+        path = self.request.scope["raw_path"].decode("latin-1").partition("?")[0]
+        query = self.request.url.query
+        location = path.replace(f"/{self.name}", f"/{target}", 1) + (f"?{query}" if query else "")
+        return HttpError(307, f"It is called {target} now.", headers={"Location": location})
+
+    def writable(self) -> Repository:
+        """The repository, if this person may write to it."""
+        found = self.repository()
+        if self.identity is None:
+            raise HttpError(401, "This needs a token.")
+        if not self.identity.may_write(found.name):
+            raise HttpError(403, f"Your token does not allow you to write to {found.name}.")
+        return found
+
+    def revision(self, text: str) -> Revision:
+        """The repository at a branch, a tag or a commit."""
+        found = self.repository()
+        commit = self.hub.registry.resolve(found, text)
+        if commit is None:
+            raise HttpError(404, f"Invalid rev id: {text}", "RevisionNotFound")
+        return Revision(found, commit, tuple(self.hub.metadata.files(commit.tree)))
+
+    def holders(self, namespace: str) -> frozenset[str]:
+        """Who has what this person uploads to a repository of a namespace (see `ChunkIndex`).
+
+        With a token for one repository it is that repository alone, so that the token leads to nothing else.
+        """
+        user = self.user()
+        if user.repository is not None:
+            return frozenset({f"repository {user.repository}"})
+        return frozenset({namespace.lower(), user.user.lower()})
+
+    def visible(self, namespace: str) -> frozenset[str]:
+        """Whose uploads this person may refer to by their hashes."""
+        user = self.user()
+        return self.holders(namespace) | (user.holders if user.repository is None else frozenset())
+
+    def user(self) -> Identity:
+        """Whoever it is. Raises `HttpError` (401) for nobody."""
+        if self.identity is None:
+            raise HttpError(401, "This needs a token.")
+        return self.identity
+
+
+async def identify(hub: Hub, request: Request) -> Identity | None:
+    """Who sends a request. Raises `HttpError` (401) for a token that is not known."""
+    given = request.headers.get("authorization")
+    if given is None:
+        return None
+    scheme, _, token = given.partition(" ")
+    found = None
+    if scheme.lower() == "bearer" and 0 < len(token) <= 1024:
+        found = await run_in_threadpool(hub.accounts.identify, token.strip(), int(time.time()))
+    if found is None:
+        raise HttpError(401, WRONG_TOKEN)
+    return found

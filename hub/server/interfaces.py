@@ -1,0 +1,135 @@
+"""What a server keeps beside the registry, and the narrow interfaces behind which it lies.
+
+`Accounts` says who somebody is. `ChunkIndex` says which chunks a namespace has, and who has proved to have what. Both
+are one SQLite file here (`accounts.py`); several processes would have them in PostgreSQL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from surgery.hub.interfaces import Repository
+from surgery.hub.naming import RepositoryName
+from surgery.hub.xet.recipes import Recipe
+
+READ, WRITE, ADMIN = "read", "write", "admin"
+ROLES = (READ, WRITE, ADMIN)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Whoever sends a request with a token.
+
+    Attributes:
+        user: the name, as it was given when the user was made.
+        organisations: whose member the user is.
+        role: `read`, `write` or `admin`: what the token allows. An administrator's token allows everything.
+        repository: the one repository that the token is for, in lower case; None for all.
+        token: what the token is called.
+    """
+
+    user: str
+    organisations: tuple[str, ...]
+    role: str
+    repository: str | None
+    token: str
+
+    @property
+    def holders(self) -> frozenset[str]:
+        """The namespaces of the user, in lower case."""
+        return frozenset(name.lower() for name in (self.user, *self.organisations))
+
+    def _for(self, name: RepositoryName) -> bool:
+        return self.repository is None or self.repository == name.key
+
+    def may_read(self, repository: Repository) -> bool:
+        if not repository.private or self.role == ADMIN:
+            return not repository.private or self._for(repository.name)
+        return repository.name.namespace.lower() in self.holders and self._for(repository.name)
+
+    def may_write(self, name: RepositoryName) -> bool:
+        if self.role == READ or not self._for(name):
+            return False
+        return self.role == ADMIN or (name.namespace != "" and name.namespace.lower() in self.holders)
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """A user or an organisation; what is made in it is private unless told otherwise where `private_by_default`."""
+
+    name: str
+    is_organisation: bool
+    private_by_default: bool
+
+
+class Accounts(Protocol):
+    """Users, organisations and tokens. A token is kept as its SHA-256 only: it is 256 random bits, shown once."""
+
+    def is_empty(self) -> bool: ...
+
+    def add_user(self, name: str) -> None:
+        """Raises `ConflictError` where a user or an organisation has the name, in any letter case."""
+        ...
+
+    def add_organisation(self, name: str, members: Sequence[str], private_by_default: bool) -> None:
+        """Raises `ConflictError` likewise, and `InputError` for a member who is no user."""
+        ...
+
+    def namespace(self, name: str) -> Namespace | None: ...
+
+    def add_token(
+        self, token: str, user: str, role: str, repository: str | None, label: str, now: int, expires: int | None
+    ) -> None:
+        """Raises `InputError` where there is no such user."""
+        ...
+
+    def identify(self, token: str, now: int) -> Identity | None:
+        """Whose token it is; None for one that is unknown or has expired."""
+        ...
+
+    def redirect(self, kind: str, old: RepositoryName, new: RepositoryName) -> None:
+        """Remember under which name a repository was known."""
+        ...
+
+    def forget(self, kind: str, name: RepositoryName) -> None:
+        """Let a name lead nowhere."""
+        ...
+
+    def moved(self, kind: str, name: RepositoryName) -> RepositoryName | None:
+        """What it was called next; that may have been moved again."""
+        ...
+
+
+class ChunkIndex(Protocol):
+    """Who has which content, and in which files of a namespace a chunk lies.
+
+    A holder is a namespace in lower case, or, for what came with a token for one repository, that repository. Whoever
+    knows no more than a hash is told nothing, and may not refer to what it names: a holder is recorded only when all of
+    the bytes came in, or the hashes of all the chunks.
+    """
+
+    def hold_xorb(self, digest: bytes, holders: Collection[str]) -> None:
+        """Record that these namespaces have a xorb."""
+        ...
+
+    def unheld(self, xorbs: Collection[bytes], holders: Collection[str]) -> Collection[bytes]:
+        """Those xorbs that none of the holders has."""
+        ...
+
+    def hold_content(self, sha256: str, holders: Collection[str]) -> None: ...
+
+    def holds_content(self, sha256: str, holders: Collection[str]) -> bool: ...
+
+    def add_file(self, recipe: Recipe, holders: Collection[str], chunks: Collection[bytes]) -> None:
+        """Record a file that came in as chunks, its xorbs, and under which chunks it is found."""
+        ...
+
+    def file(self, digest: bytes) -> str | None:
+        """The SHA-256 of a file by its Xet hash."""
+        ...
+
+    def with_chunk(self, chunk: bytes, holders: Collection[str]) -> str | None:
+        """The SHA-256 of a file of these holders that has a chunk; only of chunks that clients ask for."""
+        ...

@@ -1,0 +1,93 @@
+"""Taking in a shard: files become visible only when everything that is said of them has been proved.
+
+For each file: that its xorbs are stored, and that this person uploaded them or belongs to who did; that each range of
+chunks is there and has the length that is said; that the sender knows the hashes of these chunks; that the file's Xet
+hash follows from them; and, by putting it together once, that its SHA-256 is the one that is said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections.abc import Collection
+
+from surgery.errors import FormatError, InputError, IntegrityError
+from surgery.hub.interfaces import Content
+from surgery.hub.server.interfaces import ChunkIndex
+from surgery.hub.xet import hashes
+from surgery.hub.xet.recipes import AssembledSource, Recipe
+from surgery.hub.xet.shards import ShardFile, read_files
+
+
+def register(
+    content: Content, index: ChunkIndex, data: bytes, visible: Collection[str], holders: Collection[str]
+) -> None:
+    """Take in a shard. Raises `FormatError`, `InputError` or `IntegrityError`, and keeps what came before.
+
+    Args:
+        content: where the xorbs are.
+        index: who has them.
+        data: the shard.
+        visible: the namespaces whose xorbs may be referred to.
+        holders: the namespaces that have the files from now on.
+    """
+    for file in read_files(data):
+        _register(content, index, file, visible, holders)
+
+
+def _register(
+    content: Content, index: ChunkIndex, file: ShardFile, visible: Collection[str], holders: Collection[str]
+) -> None:
+    name = hashes.text(file.digest)
+    if file.sha256 is None or len(file.proofs) != len(file.terms):
+        raise FormatError(f"File {name} of the shard comes without its SHA-256, or without the proof of its ranges.")
+    sha256 = hashes.text(file.sha256)
+    xorbs = {term.xorb for term in file.terms}
+    for xorb in index.unheld(xorbs, visible):
+        raise InputError(f"File {name} of the shard refers to xorb {hashes.text(xorb)}, which was not uploaded.")
+    chunks: list[tuple[bytes, int]] = []
+    for term, proof in zip(file.terms, file.proofs, strict=True):
+        stored = content.open_xorb(term.xorb).index
+        if term.end > len(stored) or stored.size(term.begin, term.end) != term.size:
+            raise FormatError(f"File {name} of the shard refers to chunks {term.begin} to {term.end} of xorb "
+                              f"{hashes.text(term.xorb)}, which has {len(stored)}, or other lengths.")  # fmt: skip
+        found = stored.chunks(term.begin, term.end)
+        if hashes.range_hash(digest for digest, _ in found) != proof:
+            raise IntegrityError(f"File {name} of the shard comes with a wrong proof of its chunks.")
+        chunks += found
+    if hashes.file_hash(chunks) != file.digest:
+        raise IntegrityError(f"File {name} of the shard has another hash than its chunks give.")
+    recipe = Recipe(sha256, file.digest, file.terms)
+    known = content.recipe(sha256)
+    if known is None or known.digest != file.digest:
+        if _sha256(content, recipe) != sha256:
+            raise IntegrityError(f"File {name} of the shard does not have the SHA-256 {sha256}.")
+        content.keep_recipe(recipe)
+    else:
+        content.touch(sha256)
+    asked_for = {digest for digest, _ in chunks if hashes.is_asked_for(digest)}
+    if chunks:
+        asked_for.add(chunks[0][0])
+    index.add_file(recipe, holders, asked_for)
+
+
+def _sha256(content: Content, recipe: Recipe) -> str:
+    """The SHA-256 of a file put together; one thread unpacks and another hashes."""
+    source = AssembledSource(hashes.text(recipe.digest), recipe, content.open_xorb)
+    hasher = hashlib.sha256()
+    waiting: queue.Queue[bytes | memoryview | None] = queue.Queue(64)
+
+    def hash_all() -> None:
+        while (block := waiting.get()) is not None:
+            hasher.update(block)
+
+    thread = threading.Thread(target=hash_all, name="sha256")
+    thread.start()
+    try:
+        for block in source.blocks():
+            waiting.put(block)
+    finally:
+        waiting.put(None)
+        thread.join()
+    return hasher.hexdigest()
