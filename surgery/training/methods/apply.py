@@ -295,9 +295,9 @@ def _load_own(model: Any, folder: Path, trainable: bool) -> Made:
     if method not in ("adapter-h", "adapter-l", "prompt"):
         raise FormatError(f"{folder / folders.SETTINGS} is of the method {method!r}, which has no folder of its own.")
     prepared = apply_method(model, MethodOptions(method, **given, base_name=settings.get("base_model_name_or_path")))
-    folders.put_own(prepared.model, folder)
-    if not trainable:
-        prepared.model.requires_grad_(False)
+    stored = folders.put_own(prepared.model, folder)
+    for name, parameter in prepared.model.named_parameters():
+        parameter.requires_grad_(trainable and name in stored)
     return prepared.model, prepared.save, method
 
 

@@ -91,8 +91,8 @@ def read_own(folder: Path) -> dict[str, Any]:
     return found
 
 
-def put_own(model: Any, folder: Path) -> None:
-    """Copy the tensors of our own folder into the parameters of their names. Raises `MismatchError`."""
+def put_own(model: Any, folder: Path) -> set[str]:
+    """Copy the tensors of our own folder into the parameters of their names; these. Raises `MismatchError`."""
     import torch
     from safetensors.torch import load_file
 
@@ -108,6 +108,7 @@ def put_own(model: Any, folder: Path) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
+    return set(tensors)
 
 
 def _converted(state: State, dtype: torch.dtype) -> dict[str, torch.Tensor]:

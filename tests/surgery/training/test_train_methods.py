@@ -342,3 +342,18 @@ def test_recipes_and_methods() -> None:
 def test_an_adapter_whose_base_is_no_folder(data: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError):
         surgery.train(tmp_path / "nothing", data=data, output=tmp_path / "out")
+
+
+def test_what_is_trained_beside_a_bottleneck_stays(tmp_path: Path) -> None:
+    """Going on with an adapter of ours, whatever it stores is trained on and stored again."""
+    base, data = making.checkpoint(tmp_path / "base"), making.texts(tmp_path / "t.jsonl", 12)
+    how: dict[str, Any] = {"steps": 3, "eval_data": str(data), "batch_size": 4}
+    first = making.run(
+        base, data, tmp_path / "one", method="adapter-h", rank=2, train=(("norm", 1.0),), learning_rate=0.1, **how
+    )
+    going = making.run(tmp_path / "one", data, tmp_path / "two", base=base, learning_rate=0.0, **how)
+    assert going.trained == first.trained
+    one, two = (load_file(tmp_path / name / "surgery_method.safetensors") for name in ("one", "two"))
+    assert any("norm" in name for name in one)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
