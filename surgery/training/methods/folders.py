@@ -94,9 +94,13 @@ def read_own(folder: Path) -> dict[str, Any]:
 def put_own(model: Any, folder: Path) -> set[str]:
     """Copy the tensors of our own folder into the parameters of their names; these. Raises `MismatchError`."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    tensors, parameters = load_file(folder / TENSORS), dict(model.named_parameters())
+    try:
+        tensors, parameters = load_file(folder / TENSORS), dict(model.named_parameters())
+    except (OSError, SafetensorError) as error:
+        raise FormatError(f"{folder / TENSORS} cannot be read ({error}).") from error
     problems = [f"{folder} has a tensor {name!r}, which the model lacks." for name in tensors if name not in parameters]
     problems += [
         f"{folder}: {name} has shape {tuple(tensor.shape)}, and {tuple(parameters[name].shape)} in the model."

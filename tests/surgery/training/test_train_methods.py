@@ -357,3 +357,24 @@ def test_what_is_trained_beside_a_bottleneck_stays(tmp_path: Path) -> None:
     assert any("norm" in name for name in one)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt", "prefix", "lora+prompt"])
+def test_an_adapter_of_a_base_of_another_size(tmp_path: Path, method: str) -> None:
+    """Is one sentence where PEFT loads it, too."""
+    base, data = making.checkpoint(tmp_path / "base"), making.texts(tmp_path / "t.jsonl", 4)
+    sizes = {**making._CAUSAL, "hidden_size": 64}
+    wide = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    other = making.checkpoint(tmp_path / "other", made=wide)
+    dora = {"dora": True} if method == "lora" else {}
+    making.run(base, data, tmp_path / "out", method=method, steps=1, **dora)
+    with pytest.raises(MismatchError, match="is it for another base"):
+        surgery.evaluate(other, data=data, adapters=[tmp_path / "out"], device="cpu")
+
+
+def test_a_damaged_folder_of_ours(tmp_path: Path) -> None:
+    base, data = making.checkpoint(tmp_path / "base"), making.texts(tmp_path / "t.jsonl", 4)
+    making.run(base, data, tmp_path / "out", method="adapter-l", rank=2, steps=1)
+    (tmp_path / "out" / "surgery_method.safetensors").write_bytes(b"xx")
+    with pytest.raises(InputError, match=r"surgery_method\.safetensors cannot be read"):
+        surgery.evaluate(base, data=data, adapters=[tmp_path / "out"], device="cpu")
