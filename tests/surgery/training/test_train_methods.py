@@ -378,3 +378,14 @@ def test_a_damaged_folder_of_ours(tmp_path: Path) -> None:
     (tmp_path / "out" / "surgery_method.safetensors").write_bytes(b"xx")
     with pytest.raises(InputError, match=r"surgery_method\.safetensors cannot be read"):
         surgery.evaluate(base, data=data, adapters=[tmp_path / "out"], device="cpu")
+
+
+def test_a_dora_of_a_deeper_base(tmp_path: Path) -> None:
+    """PEFT leaves out the layers that are not there, and says so in a warning at most."""
+    base, data = making.checkpoint(tmp_path / "base"), making.texts(tmp_path / "t.jsonl", 4)
+    sizes = {**making._CAUSAL, "num_hidden_layers": 1}
+    short = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    other = making.checkpoint(tmp_path / "other", made=short)
+    making.run(base, data, tmp_path / "out", method="lora", dora=True, steps=1)
+    with pytest.raises(MismatchError, match="7 problems with .*out on this model"):
+        surgery.evaluate(other, data=data, adapters=[tmp_path / "out"], device="cpu")
