@@ -387,5 +387,5 @@ def test_a_dora_of_a_deeper_base(tmp_path: Path) -> None:
     short = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
     other = making.checkpoint(tmp_path / "other", made=short)
     making.run(base, data, tmp_path / "out", method="lora", dora=True, steps=1)
-    with pytest.raises(MismatchError, match="7 problems with .*out on this model"):
+    with pytest.raises(MismatchError, match=r"7 problems with .*out on this model"):
         surgery.evaluate(other, data=data, adapters=[tmp_path / "out"], device="cpu")
