@@ -9,7 +9,7 @@ from typing import Any
 from surgery.checkpoint import Checkpoint
 from surgery.errors import InputError, OptionError
 from surgery.evaluation.options import ADAPTER_FIELD, EvalOptions
-from surgery.evaluation.sources import AdapterSource, alone_by_model, other_base, stored_names
+from surgery.evaluation.sources import AdapterSource, alone_by_model, check_modules, other_base, stored_names
 from surgery.evaluation.subject import EvalSubject, brings_head, folder_name
 from surgery.training.reading import Rows
 
@@ -85,6 +85,10 @@ def sort_out(lines: Sequence[Line], model: Any, subject: EvalSubject) -> tuple[l
             continue
         reason = source.reason
         if source.adapter is not None:
+            if reason is not None and not source.adapter.target_parameters:
+                # PEFT would leave out what it finds no module for; where experts lie is another matter.
+                plain = [lora for lora in source.adapter.loras if not lora.depth and ".experts." not in lora.module]
+                check_modules(source.adapter, plain, model)
             reason = reason or alone_by_model(source.adapter, model)
             notes += other_base(subject.checkpoint, source.adapter)
         if not subject.has_head and not brings_head(stored_names(source), model):

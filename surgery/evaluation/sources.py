@@ -105,6 +105,14 @@ def alone_by_files(adapter: Adapter) -> str | None:
     return None
 
 
+def check_modules(adapter: Adapter, loras: Sequence[Lora], model: Any) -> None:
+    """Raise `MismatchError` if some factors are for modules that the model lacks, or of other shapes."""
+    modules = dict(model.named_modules())
+    problems = [problem for lora in loras if (problem := _misfit(adapter, lora, modules.get(lora.module)))]
+    if problems:
+        raise MismatchError(several(f"{adapter.label} on this model", problems), problems)
+
+
 def alone_by_model(adapter: Adapter, model: Any) -> str | None:
     """Why an adapter cannot share a pass over this model; None if it can.
 
@@ -114,10 +122,8 @@ def alone_by_model(adapter: Adapter, model: Any) -> str | None:
     import torch
     from torch import nn
 
+    check_modules(adapter, adapter.loras, model)
     modules = dict(model.named_modules())
-    problems = [problem for lora in adapter.loras if (problem := _misfit(adapter, lora, modules.get(lora.module)))]
-    if problems:
-        raise MismatchError(several(f"{adapter.label} on this model", problems), problems)
     for lora in adapter.loras:
         module = modules[lora.module]
         if not (isinstance(module, nn.Linear) or type(module) is nn.Embedding or is_conv1d(module)):

@@ -18,7 +18,7 @@ from surgery.training.examples import Examples
 from surgery.training.methods import anatomy
 from surgery.training.reading import Rows
 from surgery.training.subject import batches_of, examples_of, has_tokenizer, read_config
-from surgery.training.tasks import Labels, Task, find_labels, find_task, load_model
+from surgery.training.tasks import Labels, Task, find_labels, find_task, load_model, set_padding
 from surgery.training.text import load_tokenizer
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ class EvalSubject:
         tokenizer = None
         if rows.kind != "image" and (rows.kind != "tokens" or has_tokenizer(folder, training)):
             tokenizer = load_tokenizer(folder, training)
+        if labels is not None and tokenizer is not None:
+            set_padding(config, tokenizer)
         if tokenizer is not None and options.end_token is not None:
             words = getattr(config.get_text_config(), "vocab_size", None)
             if words is not None and tokenizer.convert_tokens_to_ids(options.end_token) >= words:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Goes into the name of the cached tokens: encoders of another version give others.
-_VERSION = 1
+_VERSION = 2
 _BATCH = 256
 
 

@@ -131,10 +131,14 @@ class TrainOptions(MethodOptions):
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"{option(name)} is {value}, expected at least 1."
-        shares = ("final_rate", "residual_dropout", "beta1", "beta2")
-        for name in shares:
+        for name in ("final_rate", "residual_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 yield f"{option(name)} is {getattr(self, name):g}, expected between 0 and 1."
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"{option(name)} is {getattr(self, name):g}, expected 0 to below 1."
+        if not 0 <= self.seed < 2**32:  # as numpy has it
+            yield f"--seed is {self.seed}, expected 0 to {2**32 - 1}."
         sizes = (
             "eval_split", "epochs", "learning_rate", "warmup", "epsilon", "weight_decay", "max_grad_norm",
             "router_aux_loss", "router_z_loss",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,12 @@ from surgery.training.methods import MethodOptions, Prepared, apply_method, cont
 from surgery.training.options import TrainOptions, option
 from surgery.training.reading import Rows, read_rows
 from surgery.training.starting import Start
-from surgery.training.tasks import Labels, Task, find_labels, find_task, load_model, longest
+from surgery.training.tasks import Labels, Task, find_labels, find_task, load_model, longest, set_padding
 from surgery.training.text import Encoder, load_tokenizer, transformers_package
 from surgery.training.work import schedule_of
+
+# Methods that store what is trained beside an unchanged base, and have a place for more than their own parameters.
+_BESIDE = ("lora", "lora+prompt", "lora+prefix", "adapter-h", "adapter-l")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ def make_subject(start: Start, options: TrainOptions, accelerator: Any) -> Subje
         tokenizer = None
         if rows.kind != "image" and not (rows.kind == "tokens" and not has_tokenizer(folder, options)):
             tokenizer = load_tokenizer(folder, options)
+        if labels is not None and tokenizer is not None:
+            set_padding(config, tokenizer)
         read = partial(examples_of, task=task, tokenizer=tokenizer, labels=labels, config=config, options=options)
         examples, held_out = read(rows), None
         if options.eval_data is not None:
@@ -61,6 +67,8 @@ def make_subject(start: Start, options: TrainOptions, accelerator: Any) -> Subje
         elif options.eval_split:
             examples, held_out = hold_out(examples, options.eval_split, options.seed)
     model = load_model(folder, checkpoint.label, config, task, labels, options)
+    if options.packing:
+        refuse_leaks(model, checkpoint.label)
     words = 0 if tokenizer is None else len(tokenizer)
     grown = tokenizer is not None and words > model.get_input_embeddings().num_embeddings
     if grown:
@@ -89,7 +97,16 @@ def _prepare(model: Any, start: Start, options: TrainOptions) -> Prepared:
     torch.manual_seed(options.seed)  # of what the method draws
     if start.adapter is None:
         name = options.base_name or start.checkpoint.provenance["source"]
-        return apply_method(model, replace(options, base_name=name), options.rate)
+        beside = tuple((f"^{re.escape(fresh)}$", 1.0) for fresh in _fresh_pooler(model, start.checkpoint))
+        if beside and options.kind in ("prompt", "prefix"):
+            raise OptionError(
+                f"{start.checkpoint.label} lacks the weights of its pooler, which are drawn anew, and --method "
+                f"{options.name} has no place to store them; use --method lora or full."
+            )
+        if options.kind not in _BESIDE:
+            beside = ()  # the whole model is stored
+        options = replace(options, method=options.name, base_name=name, train=(*options.train, *beside))
+        return apply_method(model, options, options.rate)
     fresh = MethodOptions()
     given = [item.name for item in fields(fresh) if getattr(options, item.name) != getattr(fresh, item.name)]
     given = [name for name in given if name not in ("seed", "base_name")]
@@ -98,6 +115,12 @@ def _prepare(model: Any, start: Start, options: TrainOptions) -> Prepared:
             f"{option(given[0])} is for a fresh adapter, and {start.adapter} is trained on as it is; leave it out."
         )
     return continue_method(model, start.adapter, options.learning_rate)
+
+
+def _fresh_pooler(model: Any, checkpoint: Checkpoint) -> list[str]:
+    """The parameters of a pooler that the checkpoint lacks: an adapter that did not store them would not be whole."""
+    names = [name for name, _ in model.named_parameters() if ".pooler." in name]
+    return [name for name in names if not any(stored.endswith(name.partition(".")[2]) for stored in checkpoint.tensors)]
 
 
 def examples_of(
@@ -121,6 +144,35 @@ def _refuse_packing(config: Any) -> None:
         raise OptionError("--packing puts examples into one row, and with expert choice the tokens of a row compete.")
 
 
+def refuse_leaks(model: Any, label: str) -> None:
+    """Raise if what stands in one piece of a packed row changes what a model says to the next one.
+
+    transformers makes a mask of `position_ids` that begin again at 0 only for models that have these, and whose masks
+    it makes itself: not for OPT, Falcon, BLOOM, MPT or state spaces, which take no notice of them.
+    """
+    import torch
+
+    ids = torch.arange(8)[None] % model.get_input_embeddings().num_embeddings
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    others = torch.cat([ids[:, :4].flip(1), ids[:, 4:]], dim=1)
+    before = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            said = [
+                model(input_ids=row, position_ids=positions, use_cache=False).logits[:, 4:] for row in (ids, others)
+            ]
+        leaks = bool((said[0] - said[1]).abs().max() > 1e-5 * said[0].abs().max())
+    except TypeError:  # it takes no positions
+        leaks = True
+    model.train(before)
+    if leaks:
+        raise OptionError(
+            f"--packing puts examples into one row, and {label} ({type(model).__name__}) takes no notice of where one "
+            "ends, so that they would see each other; leave it out."
+        )
+
+
 def batches_of(
     task: Task, tokenizer: Any, folder: Path, config: Any, labels: Labels | None, options: TrainOptions
 ) -> Any:
@@ -128,9 +180,9 @@ def batches_of(
     if task.name == "image-classification":
         assert labels is not None
         return Pictures.of(folder, config, labels).batch
-    padding = next((t for t in (getattr(tokenizer, "pad_token_id", None), config.pad_token_id) if t is not None), 0)
     if labels is not None:
-        return partial(batches.label_batch, padding=padding, number=labels.continuous)
+        return partial(batches.label_batch, padding=config.pad_token_id, number=labels.continuous)
+    padding = next((t for t in (getattr(tokenizer, "pad_token_id", None), config.pad_token_id) if t is not None), 0)
     return partial(batches.text_batch, padding=padding, packed=options.packing)
 
 

@@ -121,10 +121,13 @@ class Labels:
 
     Attributes:
         names: of the classes, in order; empty for numbers.
+        by_number: whether the data have numbers of classes, not names.
+        stored: the names that the data number, where the head has them in another order.
     """
 
     names: tuple[str, ...]
     by_number: bool = False
+    stored: tuple[str, ...] = ()
 
     @property
     def continuous(self) -> bool:
@@ -142,9 +145,10 @@ class Labels:
         if self.by_number:
             if isinstance(value, bool):
                 value = int(value)
-            if not isinstance(value, int) or not 0 <= value < len(self.names):
-                raise ValueError(f"'label' is {value!r}, expected 0 to {len(self.names) - 1}")
-            return value
+            known = self.stored or self.names
+            if not isinstance(value, int) or not 0 <= value < len(known):
+                raise ValueError(f"'label' is {value!r}, expected 0 to {len(known) - 1}")
+            return self.names.index(self.stored[value]) if self.stored else value
         if value not in self.names:
             raise ValueError(f"'label' is {value!r}, which is none of {_or(self.names[:8])}")
         return self.names.index(value)
@@ -156,7 +160,7 @@ def find_labels(rows: Rows, config: Any) -> Labels:
     known = {int(number): str(name) for number, name in (getattr(config, "id2label", None) or {}).items()}
     ordered = tuple(known[number] for number in sorted(known))
     if names := getattr(feature, "names", None):
-        return Labels(tuple(names), by_number=True)
+        return _by_name(tuple(names), ordered)
     values = {value for value in rows.dataset["label"] if value is not None}
     if not values:
         raise InputError(f"{rows.label} has no labels.")
@@ -170,6 +174,32 @@ def find_labels(rows: Rows, config: Any) -> Labels:
     if all(isinstance(value, str) for value in values):
         return Labels(ordered if values <= set(ordered) else tuple(sorted(values)))
     raise InputError(f"{rows.label} has labels that are neither all text nor all numbers.")
+
+
+def _by_name(names: tuple[str, ...], ordered: tuple[str, ...]) -> Labels:
+    """Labels of data that number their classes (folders of pictures do by the alphabet), as a head has them by name.
+
+    >>> _by_name(("bee", "cow"), ("Cow", "Ant", "Bee"))
+    Labels(names=('Cow', 'Ant', 'Bee'), by_number=True, stored=('Bee', 'Cow'))
+    """
+    heads = {name.casefold(): name for name in ordered}
+    if len(heads) < len(ordered) or not {name.casefold() for name in names} <= set(heads):
+        return Labels(names, by_number=True)
+    stored = tuple(heads[name.casefold()] for name in names)
+    return Labels(ordered, by_number=True, stored=() if stored == ordered else stored)
+
+
+def set_padding(config: Any, tokenizer: Any) -> None:
+    """Give a classifier's config the token that pads, if it has none.
+
+    Decoders classify by the last token that is no padding, and refuse batches where they are not told what padding is.
+    """
+    text = config.get_text_config()
+    if text.pad_token_id is None:
+        known = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+        text.pad_token_id = next((token for token in known if token is not None and token < text.vocab_size), 0)
+    if config.pad_token_id is None:
+        config.pad_token_id = text.pad_token_id
 
 
 def load_model(folder: Path, label: str, config: Any, task: Task, labels: Labels | None, options: TrainOptions) -> Any:

@@ -180,6 +180,12 @@ class Encoder:
             return {"input_ids": ids}
         if not isinstance(labels, list) or (not self.seq2seq and len(labels) != len(ids)):
             raise ValueError("'labels' is no list as long as 'input_ids'")
+        words = self.words
+        for label in labels:
+            if type(label) is not int or (label != UNSAID and not 0 <= label < (words or label + 1)):
+                raise ValueError(
+                    f"'labels' has {label!r}, expected {UNSAID} or a token" + f" below {words}" * bool(words)
+                )
         return {"input_ids": ids, "labels": labels}
 
     def _ended(self, ids: list[int]) -> list[int]:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import FormatError, MissingExtraError, OptionError, UnsupportedError
+from surgery.errors import FormatError, MismatchError, MissingExtraError, OptionError, UnsupportedError
 from surgery.names import split_parameter
 from surgery.training.methods import anatomy, folders
 from surgery.training.methods.options import METHODS, PROMPT_BESIDE_LORA, MethodOptions, parse_top
@@ -266,12 +266,24 @@ def _load(model: Any, place: Path, trainable: bool) -> Made:
     from surgery.training.methods.prompts import load_virtual_tokens
 
     config = PeftConfig.from_pretrained(str(place))
-    with known_warnings():
-        if trainable and config.is_prompt_learning:
-            loaded = load_virtual_tokens(model, place, config)
-        else:
-            loaded = PeftModel.from_pretrained(model, str(place), is_trainable=trainable)
     kind = str(getattr(config.peft_type, "value", config.peft_type))
+    width = model.config.get_text_config().hidden_size if kind == "PROMPT_TUNING" else None
+    if width is not None and config.token_dim not in (None, width):
+        raise MismatchError(
+            f"{place} has virtual tokens of {config.token_dim} numbers, and {anatomy.name_of(model)} has embeddings of "
+            f"{width}; is it for another base?"
+        )
+    try:
+        with known_warnings():
+            if trainable and config.is_prompt_learning:
+                loaded = load_virtual_tokens(model, place, config)
+            else:
+                loaded = PeftModel.from_pretrained(model, str(place), is_trainable=trainable)
+    except (RuntimeError, ValueError, KeyError) as error:  # what PEFT raises for other shapes and modules
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip().rstrip(".")
+        raise MismatchError(
+            f"{place} cannot be put onto {anatomy.name_of(model)} ({reason}); is it for another base?"
+        ) from error
     name = public_name(config.base_model_name_or_path or "")
 
     def save(folder: Path, _dtype: torch.dtype | None, state: State | None) -> None:
@@ -295,9 +307,9 @@ def _load_own(model: Any, folder: Path, trainable: bool) -> Made:
     if method not in ("adapter-h", "adapter-l", "prompt"):
         raise FormatError(f"{folder / folders.SETTINGS} is of the method {method!r}, which has no folder of its own.")
     prepared = apply_method(model, MethodOptions(method, **given, base_name=settings.get("base_model_name_or_path")))
-    folders.put_own(prepared.model, folder)
-    if not trainable:
-        prepared.model.requires_grad_(False)
+    stored = folders.put_own(prepared.model, folder)
+    for name, parameter in prepared.model.named_parameters():
+        parameter.requires_grad_(trainable and name in stored)
     return prepared.model, prepared.save, method
 
 

@@ -91,12 +91,16 @@ def read_own(folder: Path) -> dict[str, Any]:
     return found
 
 
-def put_own(model: Any, folder: Path) -> None:
-    """Copy the tensors of our own folder into the parameters of their names. Raises `MismatchError`."""
+def put_own(model: Any, folder: Path) -> set[str]:
+    """Copy the tensors of our own folder into the parameters of their names; these. Raises `MismatchError`."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    tensors, parameters = load_file(folder / TENSORS), dict(model.named_parameters())
+    try:
+        tensors, parameters = load_file(folder / TENSORS), dict(model.named_parameters())
+    except (OSError, SafetensorError) as error:
+        raise FormatError(f"{folder / TENSORS} cannot be read ({error}).") from error
     problems = [f"{folder} has a tensor {name!r}, which the model lacks." for name in tensors if name not in parameters]
     problems += [
         f"{folder}: {name} has shape {tuple(tensor.shape)}, and {tuple(parameters[name].shape)} in the model."
@@ -108,6 +112,7 @@ def put_own(model: Any, folder: Path) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
+    return set(tensors)
 
 
 def _converted(state: State, dtype: torch.dtype) -> dict[str, torch.Tensor]:

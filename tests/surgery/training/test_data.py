@@ -300,3 +300,31 @@ def test_tokens_as_they_are(tmp_path: Path) -> None:
     assert (report.data.kind, report.data.tokens, report.data.predictions) == ("tokens", 32, 16)
     assert json.loads((tmp_path / "out" / "config.json").read_bytes())["model_type"] == "llama"
     assert torch.isfinite(torch.tensor(making.losses(tmp_path / "out"))).all()
+
+
+@pytest.mark.parametrize("label", [999, -5, "a", 1.5, None, True])
+def test_labels_that_are_no_tokens(tmp_path: Path, label: object) -> None:
+    """Are named before the first step."""
+    base = making.checkpoint(tmp_path / "base")
+    data = making.jsonl(tmp_path / "a.jsonl", [{"input_ids": [1, 2, 3], "labels": [-100, label, 3]}])
+    with pytest.raises(InputError, match=r"a\.jsonl, line 1: 'labels' has .*, expected -100 or a token below 320\.$"):
+        making.run(base, data, tmp_path / "out", steps=1)
+
+
+@pytest.mark.parametrize("kind", ["Opt", "Bloom", "Mpt"])
+def test_packing_where_examples_would_see_each_other(tmp_path: Path, kind: str) -> None:
+    """transformers makes no mask of positions for these."""
+    import transformers
+
+    sizes = {
+        "Opt": {"hidden_size": 32, "num_hidden_layers": 1, "ffn_dim": 32, "word_embed_proj_dim": 32},
+        "Bloom": {"hidden_size": 32, "n_layer": 1, "n_head": 2},
+        "Mpt": {"d_model": 32, "n_layers": 1, "n_heads": 2, "expansion_ratio": 1},
+    }[kind]
+    heads = {"num_attention_heads": 2} if kind == "Opt" else {}
+    name = {"Opt": "OPT"}.get(kind, kind)
+    config = getattr(transformers, f"{name}Config")(vocab_size=making.WORDS, **sizes, **heads)
+    base = making.checkpoint(tmp_path / "base", made=getattr(transformers, f"{name}ForCausalLM")(config))
+    data = making.texts(tmp_path / "t.jsonl", 4)
+    with pytest.raises(OptionError, match=rf"base \({name}ForCausalLM\) takes no notice of where one ends"):
+        making.run(base, data, tmp_path / "out", packing=True, steps=1)

@@ -208,3 +208,81 @@ def test_dropout_rises_over_the_layers() -> None:
     seen.clear()
     made.eval()(input_ids=torch.arange(200)[None])
     assert float((seen[1] == 0).float().mean()) == 0
+
+
+# What a head and its data call classes, and what a classifier needs beside its head --------------------------------
+
+
+def test_classes_of_pictures_go_by_their_names(tmp_path: Path) -> None:
+    """Folders are numbered by the alphabet; a head may have another order, and more classes than the data."""
+    from PIL import Image
+
+    for number, name in enumerate(("ant", "Bee", "cow")):
+        (tmp_path / "all" / name).mkdir(parents=True)
+        for shade in range(4):
+            picture = np.full((8, 8), 90 * number + shade, np.uint8)
+            Image.fromarray(picture).save(tmp_path / "all" / name / f"{shade}.png")
+    base = making.checkpoint(tmp_path / "vit", "vit")
+    how: dict[str, Any] = {"new_head": True, "steps": 1, "learning_rate": 0.0}
+    making.run(base, tmp_path / "all", tmp_path / "sorted", **how)
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "sorted")
+    assert model.config.id2label == {0: "Bee", 1: "ant", 2: "cow"}
+    with torch.no_grad():
+        for part in (model.classifier.weight, model.classifier.bias):
+            part.copy_(part[[2, 0, 1]].clone())
+    model.config.id2label = {0: "cow", 1: "bee", 2: "ant"}
+    model.config.label2id = {name: number for number, name in model.config.id2label.items()}
+    model.save_pretrained(tmp_path / "turned")
+    found = [
+        surgery.evaluate(tmp_path / name, data=tmp_path / "all", device="cpu").lines[0] for name in ("sorted", "turned")
+    ]
+    assert (found[1].loss, found[1].accuracy) == (pytest.approx(found[0].loss), found[0].accuracy)
+    # Training goes on with the head as it is, on some of its classes, too.
+    for path in (tmp_path / "all" / "ant").iterdir():
+        path.unlink()
+    (tmp_path / "all" / "ant").rmdir()
+    report = making.run(tmp_path / "turned", tmp_path / "all", tmp_path / "on", steps=1, learning_rate=0.0)
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "on")
+    assert model.config.id2label == {0: "cow", 1: "bee", 2: "ant"}
+    some = surgery.evaluate(tmp_path / "sorted", data=tmp_path / "all", device="cpu").lines[0]
+    assert report.first_loss == pytest.approx(some.loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_decoder_that_has_no_padding_classifies(tmp_path: Path, kind: str) -> None:
+    """By the last token of each text, whatever stands after it in a batch."""
+    base = making.checkpoint(tmp_path / kind, kind)
+    data = labelled(tmp_path / "a.jsonl")
+    report = making.run(base, data, tmp_path / "out", steps=2, learning_rate=1e-2, eval_data=str(data))
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    total = 0.0
+    with torch.no_grad():
+        for row in rows:
+            logits = model(**making.tokenizer()(row["text"], return_tensors="pt")).logits
+            total += torch.nn.functional.cross_entropy(logits, torch.tensor([row["label"]])).item()
+    assert report.best_loss == pytest.approx(total / len(rows), abs=1e-6)
+    assert surgery.evaluate(tmp_path / "out", data=data, device="cpu").lines[0].loss == pytest.approx(report.best_loss)
+    making.run(base, data, tmp_path / "lora", steps=1, method="lora")
+    line = surgery.evaluate(base, data=data, adapters=[tmp_path / "lora"], device="cpu").lines[0]
+    assert line.accuracy is not None
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter-h"])
+def test_a_fresh_pooler_is_stored_with_the_head(tmp_path: Path, method: str) -> None:
+    """BERT's language models lack it: without it the adapter would be another model wherever it is loaded."""
+    base = making.checkpoint(tmp_path / "bert", "bert")
+    data = labelled(tmp_path / "a.jsonl")
+    report = making.run(base, data, tmp_path / "out", method=method, steps=3, learning_rate=1e-2, eval_data=str(data))
+    assert report.method == method
+    for seed in (0, 7):  # which draws other weights for what is missing
+        found = surgery.evaluate(base, data=data, adapters=[tmp_path / "out"], seed=seed, device="cpu")
+        assert found.lines[0].loss == pytest.approx(report.best_loss, abs=1e-6)
+    if method == "lora":
+        surgery.merge(base, tmp_path / "out", output=tmp_path / "merged")
+        merged = surgery.evaluate(tmp_path / "merged", data=data, device="cpu")
+        assert merged.lines[0].loss == pytest.approx(report.best_loss, abs=1e-5)
+    on = making.run(tmp_path / "out", data, tmp_path / "on", base=base, steps=1, learning_rate=0.0, eval_data=str(data))
+    assert on.eval_loss == pytest.approx(report.best_loss, abs=1e-6)
+    with pytest.raises(OptionError, match="bert lacks the weights of its pooler"):
+        making.run(base, data, tmp_path / "prompt", method="prompt", steps=1)

@@ -342,3 +342,50 @@ def test_recipes_and_methods() -> None:
 def test_an_adapter_whose_base_is_no_folder(data: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError):
         surgery.train(tmp_path / "nothing", data=data, output=tmp_path / "out")
+
+
+def test_what_is_trained_beside_a_bottleneck_stays(tmp_path: Path) -> None:
+    """Going on with an adapter of ours, whatever it stores is trained on and stored again."""
+    base, data = making.checkpoint(tmp_path / "base"), making.texts(tmp_path / "t.jsonl", 12)
+    how: dict[str, Any] = {"steps": 3, "eval_data": str(data), "batch_size": 4}
+    first = making.run(
+        base, data, tmp_path / "one", method="adapter-h", rank=2, train=(("norm", 1.0),), learning_rate=0.1, **how
+    )
+    going = making.run(tmp_path / "one", data, tmp_path / "two", base=base, learning_rate=0.0, **how)
+    assert going.trained == first.trained
+    one, two = (load_file(tmp_path / name / "surgery_method.safetensors") for name in ("one", "two"))
+    assert any("norm" in name for name in one)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt", "prefix", "lora+prompt"])
+def test_an_adapter_of_a_base_of_another_size(tmp_path: Path, method: str) -> None:
+    """Is one sentence where PEFT loads it, too."""
+    base, data = making.checkpoint(tmp_path / "base"), making.texts(tmp_path / "t.jsonl", 4)
+    sizes = {**making._CAUSAL, "hidden_size": 64}
+    wide = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    other = making.checkpoint(tmp_path / "other", made=wide)
+    dora = {"dora": True} if method == "lora" else {}
+    making.run(base, data, tmp_path / "out", method=method, steps=1, **dora)
+    with pytest.raises(MismatchError, match="is it for another base"):
+        surgery.evaluate(other, data=data, adapters=[tmp_path / "out"], device="cpu")
+
+
+def test_a_damaged_folder_of_ours(tmp_path: Path) -> None:
+    base, data = making.checkpoint(tmp_path / "base"), making.texts(tmp_path / "t.jsonl", 4)
+    making.run(base, data, tmp_path / "out", method="adapter-l", rank=2, steps=1)
+    (tmp_path / "out" / "surgery_method.safetensors").write_bytes(b"xx")
+    with pytest.raises(InputError, match=r"surgery_method\.safetensors cannot be read"):
+        surgery.evaluate(base, data=data, adapters=[tmp_path / "out"], device="cpu")
+
+
+def test_a_dora_of_a_deeper_base(tmp_path: Path) -> None:
+    """PEFT leaves out the layers that are not there, and says so in a warning at most."""
+    base, data = making.checkpoint(tmp_path / "base"), making.texts(tmp_path / "t.jsonl", 4)
+    sizes = {**making._CAUSAL, "num_hidden_layers": 1}
+    short = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    other = making.checkpoint(tmp_path / "other", made=short)
+    making.run(base, data, tmp_path / "out", method="lora", dora=True, steps=1)
+    with pytest.raises(MismatchError, match=r"7 problems with .*out on this model"):
+        surgery.evaluate(other, data=data, adapters=[tmp_path / "out"], device="cpu")
