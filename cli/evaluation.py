@@ -93,7 +93,7 @@ def evaluate(checkpoint: str, as_json: bool, quiet: bool, **options: Any) -> Non
     the report says why. Nothing is written unless a file is named.
     """
     from surgery.cli import render
-    from surgery.cli.evaluation_progress import make_row_progress
+    from surgery.cli.progress import make_row_progress
 
     given = {name: value for name, value in options.items() if value is not None}
     render.present(surgery.evaluate(checkpoint, progress=make_row_progress(quiet), **given), as_json, quiet)

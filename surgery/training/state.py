@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import FormatError, OptionError, OutputError
 from surgery.training.sharding import like, shard
-from surgery.writer import staging_folder
+from surgery.writer import staging_folder, sync
 
 if TYPE_CHECKING:
     import torch
@@ -261,7 +261,7 @@ def _write(path: Path, tensors: Tensors) -> None:
     temporary = path.with_name(path.name + ".part")
     try:
         save_file({n: shard(tensor).detach().cpu().contiguous().clone() for n, tensor in tensors.items()}, temporary)
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -271,19 +271,11 @@ def _replace(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".part")
     try:
         temporary.write_bytes(data)
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -360,7 +360,7 @@ def test_a_receipt_has_a_line_for_each_program_and_each_choice() -> None:
 
 def test_progress_ends_at_its_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """More bytes than were foretold, as when what differs is read twice, take neither bar nor lines past 100%."""
-    bar = progress.Bar()
+    bar = progress.Bar(progress.byte_columns)
     bar.start(100, "comparing")
     for _ in range(5):
         bar.advance(40)
@@ -369,7 +369,7 @@ def test_progress_ends_at_its_end(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     bar.stop()
     capsys.readouterr()
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
-    lines = progress.Lines()
+    lines = progress.Lines(progress.byte_amounts)
     lines.start(1_234_567, "comparing")
     lines.advance(1_000_000)
     lines.advance(1_000_000)
