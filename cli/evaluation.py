@@ -8,11 +8,15 @@ import click
 
 import surgery
 from surgery.cli.options import device, reporting
+from surgery.errors import OptionError
 
 
-def _names(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> list[str]:
+def _names(_context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> list[str]:
     """`--adapters a,b --adapters c` as one list."""
-    return [name.strip() for value in values for name in value.split(",") if name.strip()]
+    found = [name.strip() for value in values for name in value.split(",") if name.strip()]
+    if values and not found:
+        raise OptionError(f"{parameter.opts[0]} is {','.join(values)!r}, and names nothing; leave it out, or name one.")
+    return found
 
 
 @click.command(

@@ -28,6 +28,7 @@ _CHANGED_BASE = {
     "lora_ga": "LoRA-GA",
     "loftq": "LoftQ",
 }
+_VIRTUAL = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE")
 # Settings under which the forward pass is no longer W + s B A.
 _OTHER_FORWARD = {
     "alora_invocation_tokens": "an activated LoRA, which acts only after its invocation tokens",
@@ -45,6 +46,10 @@ _FACTOR = re.compile(
     r"(?:\.default)?(?:\.(?P<parameter>weight|bias))?"
 )
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
+
+
+# Where `surgery train` puts the virtual tokens of `lora+prompt`.
+_BESIDE = {"prompt/adapter_config.json", "prompt/surgery_method.json"}
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,15 @@ def open_adapter(path: str | os.PathLike[str], weight: float = 1.0) -> Adapter:
     return read_adapter(LocalFolder(path), weight)
 
 
+def refuse_virtual_tokens(adapter: Adapter) -> None:
+    """Raise for a LoRA that has virtual tokens beside it, where these would get lost."""
+    if not _BESIDE.isdisjoint(adapter.files.folder.names()):
+        raise UnsupportedError(
+            f"{adapter.label} has virtual tokens beside its LoRA, in the folder prompt, which no weights can hold; "
+            "delete that folder to go on without them."
+        )
+
+
 def _weight_hint(path: str | os.PathLike[str]) -> str:
     """What to add to "does not exist" where all but what follows an equals sign does."""
     name, equals, _ = os.fspath(path).rpartition("=")
@@ -184,6 +198,11 @@ def read_adapter(folder: Folder, weight: float = 1.0) -> Adapter:
 def _refuse(files: Checkpoint) -> None:
     config = files.config
     kind = config.get("peft_type")
+    if kind in _VIRTUAL:
+        raise UnsupportedError(
+            f"{files.label} is an adapter of type {kind!r}: virtual tokens, which cannot be merged into weights. "
+            "Load it with PEFT beside its base."
+        )
     if kind != "LORA":
         raise UnsupportedError(f"{files.label} is an adapter of type {kind!r}, expected 'LORA'; merge it with PEFT.")
     init = config.get("init_lora_weights")

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 
 from surgery.dtypes import DType
-from surgery.errors import FormatError, InputError, several
+from surgery.errors import FormatError, InputError, UnsupportedError, several
 from surgery.folder import Folder, LocalFolder, WeightFiles, find_weights, other_files, read_json, read_weight_map
 from surgery.header import Header, read_header
 from surgery.names import natural_key
@@ -149,6 +149,11 @@ def read_checkpoint(folder: Folder) -> Checkpoint:
 
 def read_adapter_files(folder: Folder) -> Checkpoint:
     """Open the weights of an adapter folder as a checkpoint whose config is `adapter_config.json`."""
+    if "surgery_method.json" in folder.names():
+        raise UnsupportedError(
+            f"{folder.label} is an adapter of a method that PEFT does not have (surgery_method.json), which cannot be "
+            "merged into weights; `surgery eval` and `surgery train` take it beside its base."
+        )
     if "adapter_config.json" not in folder.names():
         whole = any(name.endswith((".safetensors", ".bin")) for name in folder.names() if "/" not in name)
         remedy = f"; it is a checkpoint. `surgery extract BASE {folder.label} -o ADAPTER` makes an adapter of it"

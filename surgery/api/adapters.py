@@ -221,13 +221,17 @@ def combine(
             hash: hash every tensor for `surgery.json`; True by default.
             progress: told about the bytes as they pass.
     """
+    from surgery.adapter import refuse_virtual_tokens
     from surgery.hub.resolve import resolve_adapter
     from surgery.ops.combine import CombineOptions
     from surgery.ops.combine import combine as run_combine
 
     check_keywords("combine", keywords, CombineKeywords)
     run, options = split(keywords)
-    return run_combine([resolve_adapter(adapter) for adapter in adapters], output, CombineOptions(**options), run)
+    opened = [resolve_adapter(adapter) for adapter in adapters]
+    for one in opened:
+        refuse_virtual_tokens(one)
+    return run_combine(opened, output, CombineOptions(**options), run)
 
 
 def resize(

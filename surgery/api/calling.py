@@ -56,7 +56,7 @@ def resolved(
     role: str, checkpoint: CheckpointLike, adapters: Sequence[AdapterLike]
 ) -> tuple[Checkpoint, list[Adapter]]:
     """Open a checkpoint, which the command line calls `role`, and adapters."""
-    from surgery.adapter import Adapter
+    from surgery.adapter import Adapter, refuse_virtual_tokens
     from surgery.checkpoint import Checkpoint
     from surgery.errors import InputError
     from surgery.hub.resolve import is_adapter, resolve_adapter, resolve_checkpoint
@@ -69,4 +69,6 @@ def resolved(
                 f"{os.fspath(checkpoint)} is an adapter; {role} comes first; did you swap them?"
             ) from error
         raise
+    for adapter in found:
+        refuse_virtual_tokens(adapter)
     return resolve_checkpoint(checkpoint), found

@@ -71,11 +71,15 @@ def upcycle(
 
 def _sources(kind: str, paths: Sequence[str]) -> list[Checkpoint] | list[Adapter]:
     """Open what `--init from:` or `adapters:` names."""
+    from surgery.adapter import refuse_virtual_tokens
     from surgery.errors import InputError
     from surgery.hub.resolve import is_adapter, resolve_adapter, resolve_checkpoint
 
     if kind == "adapters":
-        return [resolve_adapter(path) for path in paths]
+        adapters = [resolve_adapter(path) for path in paths]
+        for adapter in adapters:
+            refuse_virtual_tokens(adapter)
+        return adapters
     for path in paths:
         if is_adapter(path):
             raise InputError(f"{path} is an adapter; make experts of adapters with --init adapters:...")

@@ -135,8 +135,9 @@ def find_start(reference: CheckpointLike, base: CheckpointLike | None = None, an
 
     place = None if isinstance(reference, Checkpoint) else Path(reference)
     if place is None or not holds_method(place):
-        if base is not None:
-            raise OptionError(f"--base is for an adapter that is trained on, and {reference} is none.")
+        if base is not None or any_base:
+            flag = "--any-base" if base is None else "--base"
+            raise OptionError(f"{flag} is for an adapter that is trained on, and {reference} is none.")
         return start_from(resolve_checkpoint(reference))
     if base is None:
         name = adapter_files(place).config.get("base_model_name_or_path")

@@ -163,6 +163,10 @@ def _arrays(file: Path) -> Any:
     images, labels = arrays["images"], arrays["labels"]
     if not len(images):
         raise InputError(f"{file} holds no examples.")
+    if labels.ndim != 1 or labels.dtype.kind not in "iub":
+        raise InputError(
+            f"{file} has labels of {labels.dtype} {list(labels.shape)}, expected a whole number for each image."
+        )
     shape = images.shape[1:]
     kind = datasets.Array2D if len(shape) == 2 else datasets.Array3D
     features = datasets.Features({"image": kind(shape, str(images.dtype)), "label": datasets.Value("int64")})

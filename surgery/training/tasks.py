@@ -109,6 +109,11 @@ def find_task(config: Any, kind: str, label: str, data: str, asked: str | None) 
     written = plain(str(architectures[0])) if architectures else config.model_type
     # A language model may get a head for classes; nothing else may get a head that it was not trained with.
     foreign = "SequenceClassification" in written or "ImageClassification" in written
+    if task.name == "causal-lm" and "ForMaskedLM" in written and not getattr(config, "is_decoder", False):
+        raise InputError(
+            f"{label} is a checkpoint of {written}, whose tokens see what comes after them, so that nothing is left to "
+            f"foretell in {data}; it can learn classification, from text and label."
+        )
     mapping = getattr(transformers_package(), task.auto)._model_mapping
     if type(config) not in mapping or (foreign and not task.classifies):
         raise InputError(f"{label} is a checkpoint of {written}, which cannot learn {task.name} from {data}.")
@@ -155,7 +160,23 @@ class Labels:
 
 
 def find_labels(rows: Rows, config: Any) -> Labels:
-    """The labels that data and config speak of: the config's where it has those of the data, else the data's."""
+    """The labels that data and config speak of: the config's where it has those of the data, else the data's.
+
+    Raises:
+        InputError: no labels, or one class only.
+    """
+    found = _labels(rows, config)
+    if len(found.names) == 1:
+        raise InputError(
+            f"{rows.label} has one class only, {found.names[0]!r}, so there is nothing to tell apart; pictures lie in "
+            "a folder for each class."
+            if rows.kind == "image"
+            else f"{rows.label} has one class only, {found.names[0]!r}, so there is nothing to tell apart."
+        )
+    return found
+
+
+def _labels(rows: Rows, config: Any) -> Labels:
     feature = rows.dataset.features["label"]
     known = {int(number): str(name) for number, name in (getattr(config, "id2label", None) or {}).items()}
     ordered = tuple(known[number] for number in sorted(known))

@@ -152,6 +152,29 @@ def test_a_checkpoint_of_another_task(kind: str, row: Any, task: str | None, sen
     assert not (tmp_path / ".out.partial").exists()
 
 
+def test_masked_models_foretell_nothing(tmp_path: Path) -> None:
+    base = making.checkpoint(tmp_path / "bert", "bert")
+    data = making.texts(tmp_path / "a.jsonl", 3)
+    with pytest.raises(
+        InputError, match="is a checkpoint of BertForMaskedLM, whose tokens see what comes after them, "
+    ):
+        making.run(base, data, tmp_path / "out", steps=1)
+
+
+def test_one_class_is_nothing_to_tell_apart(tmp_path: Path) -> None:
+    base = making.checkpoint(tmp_path / "bert", "bert")
+    data = making.jsonl(tmp_path / "a.jsonl", [{"text": "a", "label": "yes"}, {"text": "b", "label": "yes"}])
+    with pytest.raises(InputError, match=r"a\.jsonl has one class only, 'yes', so there is nothing to tell apart\.$"):
+        making.run(base, data, tmp_path / "out", steps=1)
+
+
+def test_labels_of_pictures_are_whole_numbers(tmp_path: Path) -> None:
+    base = making.checkpoint(tmp_path / "vit", "vit")
+    np.savez(tmp_path / "a.npz", images=np.zeros((3, 8, 8), np.uint8), labels=np.array([0.5, 1, 2]))
+    with pytest.raises(InputError, match=r"a\.npz has labels of float64 \[3\], expected a whole number for each image"):
+        making.run(base, tmp_path / "a.npz", tmp_path / "out", steps=1)
+
+
 def test_a_label_that_there_is_not(tmp_path: Path) -> None:
     """In the data to evaluate on, with its line."""
     base = making.checkpoint(tmp_path / "bert", "bert")

@@ -363,7 +363,7 @@ def test_what_is_trained_beside_a_bottleneck_stays(tmp_path: Path) -> None:
 def test_an_adapter_of_a_base_of_another_size(tmp_path: Path, method: str) -> None:
     """Is one sentence where PEFT loads it, too."""
     base, data = making.checkpoint(tmp_path / "base"), making.texts(tmp_path / "t.jsonl", 4)
-    sizes = {**making._CAUSAL, "hidden_size": 64}
+    sizes: dict[str, Any] = {**making._CAUSAL, "hidden_size": 64}
     wide = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
     other = making.checkpoint(tmp_path / "other", made=wide)
     dora = {"dora": True} if method == "lora" else {}
@@ -383,9 +383,30 @@ def test_a_damaged_folder_of_ours(tmp_path: Path) -> None:
 def test_a_dora_of_a_deeper_base(tmp_path: Path) -> None:
     """PEFT leaves out the layers that are not there, and says so in a warning at most."""
     base, data = making.checkpoint(tmp_path / "base"), making.texts(tmp_path / "t.jsonl", 4)
-    sizes = {**making._CAUSAL, "num_hidden_layers": 1}
+    sizes: dict[str, Any] = {**making._CAUSAL, "num_hidden_layers": 1}
     short = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
     other = making.checkpoint(tmp_path / "other", made=short)
     making.run(base, data, tmp_path / "out", method="lora", dora=True, steps=1)
     with pytest.raises(MismatchError, match=r"7 problems with .*out on this model"):
         surgery.evaluate(other, data=data, adapters=[tmp_path / "out"], device="cpu")
+
+
+def test_what_no_weights_can_hold_is_said(base: Path, data: Path, tmp_path: Path) -> None:
+    """`merge` and `combine` take no virtual tokens and no bottlenecks, and do not drop them in silence."""
+    how = {**HOW, "steps": 1}
+    sentences = {
+        "lora+prompt": "has virtual tokens beside its LoRA, in the folder prompt, which no weights can hold; delete",
+        "prefix": "is an adapter of type 'PREFIX_TUNING': virtual tokens, which cannot be merged into weights.",
+        "adapter-h": "is an adapter of a method that PEFT does not have (surgery_method.json), which cannot be merged",
+    }
+    for method, sentence in sentences.items():
+        place = tmp_path / method
+        making.run(base, data, place, method=method, **how)
+        with pytest.raises(UnsupportedError) as caught:
+            surgery.merge(base, place, output=tmp_path / "merged")
+        assert sentence in str(caught.value)
+        with pytest.raises(UnsupportedError) as caught:
+            surgery.combine(place, place, output=tmp_path / "combined")
+        assert sentence in str(caught.value)
+    with pytest.raises(OptionError, match=r"^--any-base is for an adapter that is trained on, and .* is none\.$"):
+        surgery.train(base, data=data, output=tmp_path / "out", any_base=True)
