@@ -33,8 +33,7 @@ from upcycling_tables import Arms, Tuned, draw_ablations, draw_curves, show_abla
 PARTS = ("text", "vision", "ablations", "tuning")
 SHORT = Setting(
     kind="text", hidden=32, layers=2, heads=2, intermediate=64, experts=4, before=12, more=6, tuning=4, batch=4,
-    rate=2e-3, tuning_rate=1e-3, every=6,
-    measured=100, vocabulary=300, context=32, characters=100_000,
+    rate=2e-3, tuning_rate=1e-3, every=6, measured=100, draws=1, vocabulary=300, context=32, characters=100_000,
 )  # fmt: skip
 # A minute or two on one processor core for each seed of a part.
 SMALL = Setting(

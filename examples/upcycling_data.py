@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 NOISE = 0.6
 SEEN = range(6)
-_DRAWS, _HELD_OUT_DRAWS = 16, 4
+_HELD_OUT_DRAWS = 4
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,22 @@ def text_files(folder: Path, vocabulary: int, context: int, characters: int, mea
     return found
 
 
-def picture_files(folder: Path, measured: int) -> Data:
+def picture_files(folder: Path, draws: int, measured: int) -> Data:
     """Digits 0 to 5, and as the other task 6 to 9; of each a quarter is held out, at most `measured` pictures."""
     digits = load_digits()
     random = np.random.default_rng(0)
     order = random.permutation(len(digits.target))
     test, learn = order[: len(order) // 4], order[len(order) // 4 :]
     found = _places(folder, "npz")
-    for rows, task, other, draws, most in (
-        (learn, found.train, found.other_train, _DRAWS, None),
+    for rows, task, other, times, most in (
+        (learn, found.train, found.other_train, draws, None),
         (test, found.held_out, found.other_held_out, _HELD_OUT_DRAWS, measured),
     ):
         seen = np.isin(digits.target[rows], SEEN)
         for place, chosen in ((task, rows[seen]), (other, rows[~seen])):
             # Draw by draw, so that the first pictures of a file are all of different digits.
-            images = np.concatenate([noisy(digits.images[chosen], random) for _ in range(draws)])
-            np.savez(place, images=images[:most], labels=np.tile(digits.target[chosen], draws)[:most])
+            images = np.concatenate([noisy(digits.images[chosen], random) for _ in range(times)])
+            np.savez(place, images=images[:most], labels=np.tile(digits.target[chosen], times)[:most])
     return found
 
 

@@ -1,7 +1,7 @@
 """The runs of `upcycling_curves.py`: train a dense model, upcycle it, train on, or train a mixture from scratch.
 
-All training is `surgery.train`, all upcycling `surgery.upcycle`. A run that is done is kept with what was asked for and
-is not done again when the same is asked for: parts share runs, and an interrupted experiment goes on.
+All training is `surgery.train`, all upcycling `surgery.upcycle`. Runs are kept, in a folder for each setting, and are
+not done again: parts share them, and an interrupted experiment goes on in the middle of a run.
 
 Every run of a comparison has the same data, order of batches (by the seed), learning rate and batch. The rate is
 constant after a short warm-up and the same before and after upcycling, so that each point of a curve is what that much
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -55,6 +56,7 @@ class Setting:
         tuning_rate: on the other task.
         every: steps between evaluations.
         measured: examples that are held out, at most.
+        draws: how often each digit is there, with other noise.
         vocabulary, context, characters: of text.
     """
 
@@ -72,6 +74,7 @@ class Setting:
     tuning_rate: float
     every: int
     measured: int = 2000
+    draws: int = 16
     vocabulary: int = 512
     context: int = 128
     characters: int = 1_200_000
@@ -168,12 +171,14 @@ class Bench:
     """Makes the runs of one kind of model, each once."""
 
     def __init__(self, folder: Path, setting: Setting, device: str) -> None:
-        self.folder, self.setting, self.device = folder / setting.kind, setting, device
+        # Another setting is another folder, so that nothing is taken for what it is not.
+        self.folder = folder / f"{setting.kind}-{zlib.crc32(repr(setting).encode()):08x}"
+        self.setting, self.device = setting, device
         place = self.folder / "data"
         if setting.kind == "text":
             self.data = text_files(place, setting.vocabulary, setting.context, setting.characters, setting.measured)
         else:
-            self.data = picture_files(place, setting.measured)
+            self.data = picture_files(place, setting.draws, setting.measured)
 
     # The arms ---------------------------------------------------------------------------------------------------------
 
@@ -221,10 +226,9 @@ class Bench:
     def _run(self, name: str, seed: int, count: int, make: Callable[[Path], None], data: Data | None = None) -> Run:
         """Make what the run begins with, measure it, train it and measure it again and again."""
         place = self.folder / f"{name}-{seed}"
-        asked = {"setting": asdict(self.setting), "steps": count}
-        record = place.with_suffix(".json")
-        if record.is_file() and (kept := json.loads(record.read_text(encoding="utf-8")))["asked"] == asked:
-            return _run_of(kept["run"])
+        record = place.with_name(f"{place.name}.json")
+        if record.is_file():
+            return _run_of(json.loads(record.read_text(encoding="utf-8")))
         start = place.with_name(place.name + "-start")
         if not start.exists():  # else it is of a run that was interrupted, and `surgery.train` goes on with that one
             making = place.with_name(place.name + "-making")
@@ -249,7 +253,7 @@ class Bench:
             str(place),
         )
         shutil.rmtree(start)
-        record.write_text(json.dumps({"asked": asked, "run": asdict(run)}, indent=1), encoding="utf-8")
+        record.write_text(json.dumps(asdict(run), indent=1), encoding="utf-8")
         return run
 
     def _before(self, start: Path, output: Path, seed: int, data: Data | None) -> Point:

@@ -102,10 +102,8 @@ def test_operations_of_dense_models_by_hand_and_by_torch(tmp_path: Path) -> None
     ids=str,
 )
 def test_operations_of_mixtures_are_those_that_torch_counts(tmp_path: Path, mixture: Mixture) -> None:
-    if mixture.router == "top-k":
-        dense = make_llama(tmp_path / "dense")
-    else:
-        dense, positions, extra = make_vit(tmp_path / "dense"), 17, 0
+    make = make_llama if mixture.router == "top-k" else make_vit
+    dense = make(tmp_path / "dense")
     made = tmp_path / "moe"
     surgery.upcycle(dense, output=made, verify=False, hash=False, **mixture.options())
     found = forward_flops(made, CONTEXT)
@@ -183,15 +181,21 @@ def test_noise_fits_into_bytes() -> None:
 # The experiment -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs are kept that tests share."""
+    return tmp_path_factory.mktemp("curves")
+
+
 @pytest.mark.slow
-def test_the_quick_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_quick_experiment(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Text and vision, one seed: every run is there, starts where it should, and is not made twice."""
     settings = SIZES["quick"]
-    benches = {setting.kind: Bench(tmp_path, setting, "cpu") for setting in settings}
-    experiment(("text", "vision"), benches, [0], tmp_path)
+    benches = {setting.kind: Bench(folder, setting, "cpu") for setting in settings}
+    experiment(("text", "vision"), benches, [0], folder)
     shown = capsys.readouterr().out
-    results = json.loads((tmp_path / "results.json").read_bytes())
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((folder / "results.json").read_bytes())
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     for setting in settings:
         (arms,) = results[setting.kind]
         assert f"{setting.kind}: held-out loss" in shown
@@ -215,9 +219,9 @@ def test_the_quick_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.slow
-def test_a_model_is_tuned_and_probed_on_other_digits(tmp_path: Path) -> None:
-    setting = dataclasses.replace(SIZES["quick"][1], before=3, more=2, tuning=2)
-    found = tune(Bench(tmp_path, setting, "cpu"), main_mixture(setting), 0)
+def test_a_model_is_tuned_and_probed_on_other_digits(folder: Path) -> None:
+    setting = SIZES["quick"][1]
+    found = tune(Bench(folder, setting, "cpu"), main_mixture(setting), 0)
     assert [item.arm for item in found][1:3] == ["dense, trained on", "upcycled"]
     for item in found:
         # A fresh head of ten: nothing is known at first.
