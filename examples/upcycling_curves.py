@@ -7,8 +7,8 @@ Here are a small Llama on the source of the standard library (top-2), and a ViT 
 operations (`upcycling_flops.py` says what is counted). Then one choice after another is changed, and the models are
 tuned on another task: text of another kind, other digits; and a linear probe tells digits apart from ten of each.
 
-    python examples/upcycling_curves.py [--part text vision ablations tuning] [--size small] [--seeds N] [--quick]
-                                        [--device cuda] [--folder FOLDER]
+    python examples/upcycling_curves.py [--part text vision ablations tuning] [--size small] [--more STEPS]
+                                        [--seeds N] [--quick] [--device cuda] [--folder FOLDER]
 
 Runs that are done are not done again. The folder gets `results.json`, `curves.png` and `ablations.png`.
 """
@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small", help="of models and trainings (default: small)")
     parser.add_argument("--quick", action="store_true", help="the same as --size quick --seeds 1")
     parser.add_argument("--seeds", type=int, help="models of each kind (default 3)")
+    parser.add_argument("--more", type=int, help="steps after upcycling, instead of the size's own")
     parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, or auto")
     parser.add_argument("--folder", type=Path, default=Path(".demo/curves"), help="where to work")
     given = parser.parse_args()
@@ -164,7 +165,9 @@ def main() -> None:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if given.device == "cpu":
         torch.set_num_threads(1)
-    settings = SIZES["quick" if given.quick else given.size]
+    settings: Sequence[Setting] = SIZES["quick" if given.quick else given.size]
+    if given.more:
+        settings = [replace(setting, more=given.more) for setting in settings]
     seeds = range(given.seeds or (1 if given.quick else 3))
     wanted = {"text": {"text", "tuning"}, "vision": {"vision", "ablations", "tuning"}}
     benches = {
