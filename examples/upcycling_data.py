@@ -35,9 +35,11 @@ class Data:
 
 def text_files(folder: Path, vocabulary: int, context: int, characters: int, measured: int) -> Data:
     """Rows of `context` tokens: the source, and as the other task the manual; held out are at most `measured`."""
+    found = _places(folder, "jsonl")
+    if found.other_held_out.is_file():  # the last one written
+        return found
     source, manual = python_source(characters), python_manual()
     tokenizer = make_tokenizer([*source.train[:100], *manual.train[:50]], vocabulary)
-    found = _places(folder, "jsonl")
     for corpus, learn, test in (
         (source, found.train, found.held_out),
         (manual, found.other_train, found.other_held_out),
@@ -49,11 +51,13 @@ def text_files(folder: Path, vocabulary: int, context: int, characters: int, mea
 
 def picture_files(folder: Path, draws: int, measured: int) -> Data:
     """Digits 0 to 5, and as the other task 6 to 9; of each a quarter is held out, at most `measured` pictures."""
+    found = _places(folder, "npz")
+    if found.other_held_out.is_file():
+        return found
     digits = load_digits()
     random = np.random.default_rng(0)
     order = random.permutation(len(digits.target))
     test, learn = order[: len(order) // 4], order[len(order) // 4 :]
-    found = _places(folder, "npz")
     for rows, task, other, times, most in (
         (learn, found.train, found.other_train, draws, None),
         (test, found.held_out, found.other_held_out, _HELD_OUT_DRAWS, measured),

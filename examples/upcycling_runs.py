@@ -326,7 +326,9 @@ class _Shown:
     def __init__(self, step: Callable[[str], None]) -> None:
         self._step = step
 
-    def start(self, steps: int, done: int) -> None: ...
+    def start(self, steps: int, done: int) -> None:  # noqa: ARG002 - the bar knows how many there are
+        for _ in range(done):
+            self._step("done before")
 
     def step(self, line: dict[str, Any]) -> None:
         self._step(f"loss {line['loss']:.3f}")
