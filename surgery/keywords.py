@@ -196,7 +196,7 @@ class TrainKeywords(MethodKeywords, total=False):
         progress: told about each step.
     """
 
-    eval_data: str | None
+    eval_data: str | os.PathLike[str] | None
     eval_split: float
     task: str | None
     loss: str

@@ -106,6 +106,8 @@ def train(
 
     check_keywords("train", keywords, TrainKeywords)
     given: dict[str, Any] = {**keywords, "data": os.fspath(data)}
+    if (held_out := keywords.get("eval_data")) is not None:
+        given["eval_data"] = os.fspath(held_out)
     recipe = given.pop("recipe", None)
     run = {name: given.pop(name) for name in ("overwrite", "dry_run", "hash", "device") if name in given}
     progress, trackers = given.pop("progress", None) or Silent(), tuple(given.pop("trackers", ()))

@@ -202,7 +202,14 @@ def test_training_on_with_another_base_or_other_options(base: Path, data: Path, 
     with pytest.raises(MismatchError, match="--any-base takes it all the same"):
         making.run(tmp_path / "first", data, tmp_path / "out", base=other, **HOW)
     surgery.train(
-        tmp_path / "first", data=data, output=tmp_path / "out", base=other, any_base=True, steps=1, device="cpu"
+        tmp_path / "first",
+        data=data,
+        output=tmp_path / "out",
+        base=other,
+        any_base=True,
+        steps=1,
+        device="cpu",
+        eval_data=data,
     )
     with pytest.raises(OptionError, match=r"^--rank is for a fresh adapter, and .* is trained on as it is; leave it o"):
         making.run(tmp_path / "first", data, tmp_path / "out2", base=base, rank=3, **HOW)
