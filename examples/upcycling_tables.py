@@ -56,8 +56,8 @@ def mean(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return "-"
-    spread = f" ± {np.std(known, ddof=1):.4f}" if len(known) > 1 else ""
-    return f"{np.mean(known):.4f}{spread}"
+    spread = f" ± {np.std(known, ddof=1):.3f}" if len(known) > 1 else ""
+    return f"{np.mean(known):.3f}{spread}"
 
 
 def gains(values: Sequence[float | None]) -> str:
@@ -65,8 +65,8 @@ def gains(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "-"
-    spread = f" ± {np.std(known, ddof=1):.4f}" if len(known) > 1 else ""
-    return f"{np.mean(known):+.4f}{spread} ({sum(value > 0 for value in known)}/{len(known)})"
+    spread = f" ± {np.std(known, ddof=1):.3f}" if len(known) > 1 else ""
+    return f"{np.mean(known):+.3f}{spread} ({sum(value > 0 for value in known)}/{len(known)})"
 
 
 def show_curves(kind: str, found: Sequence[Arms]) -> None:
@@ -145,12 +145,11 @@ def show_ablations(found: Sequence[Mapping[str, Arms]]) -> None:
     some = next(iter(found[0].values()))
     heading(
         f"ablations on the ViT: held-out loss in nats, mean over {len(found)} seeds, after "
-        f"{some.upcycled.last.step} more steps; dense, trained on as long: "
+        f"{some.upcycled.last.step} more steps;\ncost in dense steps; gain: nats below the dense model trained on, at equal steps and operations; that one: "
         + mean([next(iter(arms.values())).continued.at(next(iter(arms.values())).equal_steps) for arms in found])
     )
     columns = (
-        "", "parameters", "operations a step", "before", "after", "below dense, equal steps", "equal operations",
-        "uncovered",
+        "", "parameters", "cost", "before", "after", "gain, steps", "operations", "uncovered",
     )  # fmt: skip
     table = _table(columns)
     for label in found[0]:
