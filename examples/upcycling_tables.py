@@ -146,7 +146,7 @@ def show_ablations(found: Sequence[Mapping[str, Arms]]) -> None:
     dense = mean([arms.continued.at(arms.equal_steps) for arms in firsts])
     heading(
         f"ablations on the ViT: held-out loss in nats, mean over {len(found)} seeds, after "
-        f"{firsts[0].upcycled.last.step} more steps;\ncost in steps of the dense model; gain: nats below the dense model "
+        f"{firsts[0].upcycled.last.step} more steps;\ncost in dense steps; gain: nats below the dense model "
         f"trained on, which is at {dense}"
     )
     columns = (
