@@ -78,14 +78,14 @@ def ablations(setting: Setting) -> dict[str, Mixture]:
     top = replace(base, router="top-k")
     last = setting.layers - 1
     return {
-        f"expert choice, C = 2, {base.experts} experts, last half": base,
+        f"C = 2, {base.experts} experts, last half": base,
         "C = 1": replace(base, count=1),
         "C = 3": replace(base, count=3),
         "top-1, raw": replace(top, count=1, combine="raw"),
         "top-2": top,
         "2 experts": replace(base, experts=2),
         f"{many} experts": replace(base, experts=many),
-        f"{many} experts, the batch is the group": replace(base, experts=many, group="batch"),
+        f"{many} experts, batch as group": replace(base, experts=many, group="batch"),
         "last layer": replace(base, layers=f"{last}"),
         "first half": replace(base, layers=f"0-{setting.layers // 2 - 1}"),
         "every second": replace(base, layers="every:2"),

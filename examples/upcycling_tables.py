@@ -56,8 +56,8 @@ def mean(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return "-"
-    spread = f" ± {np.std(known, ddof=1):.4f}" if len(known) > 1 else ""
-    return f"{np.mean(known):.4f}{spread}"
+    spread = f" ± {np.std(known, ddof=1):.3f}" if len(known) > 1 else ""
+    return f"{np.mean(known):.3f}{spread}"
 
 
 def gains(values: Sequence[float | None]) -> str:
@@ -65,8 +65,8 @@ def gains(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "-"
-    spread = f" ± {np.std(known, ddof=1):.4f}" if len(known) > 1 else ""
-    return f"{np.mean(known):+.4f}{spread} ({sum(value > 0 for value in known)}/{len(known)})"
+    spread = f" ± {np.std(known, ddof=1):.3f}" if len(known) > 1 else ""
+    return f"{np.mean(known):+.3f}{spread} ({sum(value > 0 for value in known)}/{len(known)})"
 
 
 def show_curves(kind: str, found: Sequence[Arms]) -> None:
@@ -142,15 +142,15 @@ def _share(flops: float | None, dense: Run) -> float | None:
 
 def show_ablations(found: Sequence[Mapping[str, Arms]]) -> None:
     """One row for each change: loss before and after, and against the dense model trained on."""
-    some = next(iter(found[0].values()))
+    firsts = [next(iter(arms.values())) for arms in found]
+    dense = mean([arms.continued.at(arms.equal_steps) for arms in firsts])
     heading(
         f"ablations on the ViT: held-out loss in nats, mean over {len(found)} seeds, after "
-        f"{some.upcycled.last.step} more steps; dense, trained on as long: "
-        + mean([next(iter(arms.values())).continued.at(next(iter(arms.values())).equal_steps) for arms in found])
+        f"{firsts[0].upcycled.last.step} more steps;\ncost in dense steps; gain: nats below the dense model "
+        f"trained on, which is at {dense}"
     )
     columns = (
-        "", "parameters", "operations a step", "before", "after", "below dense, equal steps", "equal operations",
-        "uncovered",
+        "", "parameters", "cost", "before", "after", "gain, equal steps", "equal operations", "uncovered",
     )  # fmt: skip
     table = _table(columns)
     for label in found[0]:
@@ -160,8 +160,8 @@ def show_ablations(found: Sequence[Mapping[str, Arms]]) -> None:
             label,
             f"{run.parameters:,}",
             f"{run.step_flops / rows[0].dense.step_flops:.2f}",
-            mean([arms.upcycled.points[0].loss for arms in rows]),
-            mean([arms.upcycled.last.loss for arms in rows]),
+            f"{np.mean([arms.upcycled.points[0].loss for arms in rows]):.4f}",
+            f"{np.mean([arms.upcycled.last.loss for arms in rows]):.4f}",
             gains([arms.gain(False) for arms in rows]),
             gains([arms.gain(True) for arms in rows]),
             f"{np.mean([arms.upcycled.uncovered for arms in rows]):.1%}",
