@@ -191,6 +191,6 @@ def _kind_of(message: str, label: str) -> str:
     "is an adapter of type 'IA3'"
     """
     start = message.removeprefix(f"{label} ")
-    for end in (", so it does", ", expected", "; "):
+    for end in (", so it does", ", expected", "; ", ": virtual"):
         start = start.partition(end)[0]
     return start.rstrip(".")
