@@ -375,7 +375,7 @@ def test_an_adapter_of_a_base_of_another_size(tmp_path: Path, method: str) -> No
     other = making.checkpoint(tmp_path / "other", made=wide)
     dora = {"dora": True} if method == "lora" else {}
     making.run(base, data, tmp_path / "out", method=method, steps=1, **dora)
-    with pytest.raises(MismatchError, match="is it for another base|out on this model"):
+    with pytest.raises(MismatchError, match=r"is it for another base|out on this model"):
         surgery.evaluate(other, data=data, adapters=[tmp_path / "out"], device="cpu")
 
 
