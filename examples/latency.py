@@ -307,7 +307,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a model too small to say anything, five rounds")
     parser.add_argument("--folder", type=Path, default=Path(".demo/latency"), help="where to work")
     given = parser.parse_args()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers annotates little
     torch.set_num_threads(given.threads)
     name, rounds, length = ("quick", 5, 32) if given.quick else (given.size, given.rounds, given.length)
     size, dtype = SIZES[name], getattr(torch, given.dtype)

@@ -159,7 +159,7 @@ class Tuned:
 def make_bench(folder: Path, scale: Scale) -> Bench:
     """Train the base and write it, and the text to tune it on, into a folder that is made anew."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers annotates little
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     source, manual = python_source(scale.characters), python_manual()

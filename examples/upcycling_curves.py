@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(".demo/curves"), help="where to work")
     given = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers annotates little
     if given.device == "cpu":
         torch.set_num_threads(1)
     settings: Sequence[Setting] = SIZES["quick" if given.quick else given.size]

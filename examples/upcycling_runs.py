@@ -211,7 +211,7 @@ class Bench:
             config = AutoConfig.from_pretrained(shape)
             auto = AutoModelForCausalLM if self.setting.kind == "text" else AutoModelForImageClassification
             torch.manual_seed(seed)
-            model: Any = auto.from_config(config)  # type: ignore[no-untyped-call]
+            model: Any = auto.from_config(config)  # type: ignore[no-untyped-call]  # transformers annotates little
             model.save_pretrained(place)
 
         return self._run(f"scratch-{_label(mixture)}", seed, self.setting.before + self.setting.more, make)

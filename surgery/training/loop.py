@@ -256,7 +256,7 @@ class Loop:
 
     def _open_log(self) -> None:
         place = self.work.root / "log.jsonl" if self.accelerator.is_main_process else Path(os.devnull)
-        self.log = open(place, "r+b" if place.exists() and self.accelerator.is_main_process else "wb")  # noqa: SIM115
+        self.log = open(place, "r+b" if place.exists() and self.accelerator.is_main_process else "wb")  # noqa: SIM115 - `run` closes it
         if self.accelerator.is_main_process:
             self.log.truncate(self.position.log_bytes)  # what follows was written after the state was
             self.log.seek(self.position.log_bytes)

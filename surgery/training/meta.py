@@ -138,9 +138,9 @@ def _counter() -> Any:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_iter
 
-    class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch annotates no modes
         def __init__(self) -> None:
-            super().__init__()  # type: ignore[no-untyped-call]
+            super().__init__()  # type: ignore[no-untyped-call]  # likewise
             self.ignored: set[int] = set()
             self.alive: dict[int, int] = {}
             self.now = self.peak = 0
@@ -218,7 +218,7 @@ def _attention(_module: Any, query: Any, key: Any, value: Any, _mask: Any, **_ot
         def backward(ctx: Any, *_gradients: Any) -> Any:
             return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
-    return Fused.apply(query, key, value).transpose(1, 2).contiguous(), None  # type: ignore[no-untyped-call]
+    return Fused.apply(query, key, value).transpose(1, 2).contiguous(), None  # type: ignore[no-untyped-call]  # nor `apply`
 
 
 def _stacked_experts(module: Any) -> Any:

@@ -32,7 +32,7 @@ def make_optimizer(groups: list[dict[str, Any]], options: TrainOptions) -> Any:
 
     settings: dict[str, Any] = {"betas": (options.beta1, options.beta2), "eps": options.epsilon, "lr": 0.0}
     if options.optimizer == "adamw-8bit":
-        import bitsandbytes  # type: ignore[import-not-found, unused-ignore]
+        import bitsandbytes  # type: ignore[import-not-found, unused-ignore]  # for GPUs only
 
         return bitsandbytes.optim.AdamW8bit(groups, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)

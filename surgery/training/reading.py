@@ -114,7 +114,7 @@ def _load(builder: str, source: str, files: Sequence[Path], **options: Any) -> A
     try:
         with quiet_datasets():
             found = datasets.load_dataset(builder, split="train", **options)
-    except Exception as error:
+    except Exception as error:  # `datasets` raises whatever its readers do
         # Whatever it is, the reason lies in the file; its own message names neither file nor line.
         problem = next((text for file in files for text in _faults(builder, file)), None)
         raise FormatError(problem or f"{source} cannot be read: {_reason(error)}.") from error
@@ -131,7 +131,7 @@ def _from_hub(source: str) -> Rows:
     try:
         with quiet_datasets():
             found = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:
+    except Exception as error:  # `datasets` raises whatever its readers do
         raise InputError(f"{source} is neither a path nor a data set that can be fetched: {_reason(error)}.") from error
     return Rows(found, source, _kind(source, found), str(found._fingerprint))
 

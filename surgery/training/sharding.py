@@ -22,7 +22,7 @@ def is_sharded(tensor: Any) -> bool:
 
 def shard(tensor: torch.Tensor) -> torch.Tensor:
     """What of a tensor is on this process: the shard, which shares its memory; a plain tensor is all here."""
-    here: torch.Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    here: torch.Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]  # a DTensor
     return here
 
 
@@ -46,7 +46,7 @@ def like(parameter: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor with all of its rows. Every process must ask for it, in the same order."""
-    found: torch.Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    found: torch.Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]  # a DTensor
     return found.detach()
 
 

@@ -68,7 +68,7 @@ def test_keywords_of_evaluate_are_its_options() -> None:
     listed = re.findall(r"^ {12}(\w+): \S", surgery.evaluate.__doc__ or "", re.MULTILINE)
     assert set(listed) == names_of(EvaluateKeywords)
     with pytest.raises(TypeError, match=r"evaluate\(\) has no keyword 'generated'\. Did you mean 'generate'\?"):
-        surgery.evaluate("base", data="x", generated="y")  # type: ignore[call-arg]
+        surgery.evaluate("base", data="x", generated="y")  # type: ignore[call-arg]  # that is the test
 
 
 # What and how to train are one list of keywords, with those that say how to run.

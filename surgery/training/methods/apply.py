@@ -342,6 +342,6 @@ def _need_peft(options: MethodOptions) -> None:
     if options.kind in ("adapter-h", "adapter-l"):
         return
     try:
-        import peft  # noqa: F401
+        import peft  # noqa: F401 - whether it is there
     except ImportError as error:
         raise MissingExtraError("peft", "train") from error

@@ -18,7 +18,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module", autouse=True)
 def online() -> Iterator[None]:
     from huggingface_hub import constants
-    from huggingface_hub.utils import close_session  # type: ignore[attr-defined]
+    from huggingface_hub.utils import close_session  # type: ignore[attr-defined]  # not exported, and there
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", False)

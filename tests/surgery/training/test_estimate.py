@@ -326,7 +326,7 @@ def test_keywords_are_the_options() -> None:
     listed = re.findall(r"^ {12}(\w+): \S", surgery.estimate.__doc__ or "", re.MULTILINE)
     assert sorted(listed) == sorted(EstimateKeywords.__optional_keys__)
     with pytest.raises(TypeError, match=r"estimate\(\) has no keyword 'lenght'. Did you mean 'length'"):
-        surgery.estimate("x", lenght=3)  # type: ignore[call-arg]
+        surgery.estimate("x", lenght=3)  # type: ignore[call-arg]  # that is the test
 
 
 @pytest.mark.parametrize(
