@@ -18,7 +18,7 @@ from surgery.errors import MissingExtraError
 from surgery.hashing import HashBook
 from surgery.operation import check_paths
 from surgery.provenance import FILE_NAME, describe_input, describe_tensor, document, hash_files
-from surgery.training import plots, state
+from surgery.training import plots, state, zero
 from surgery.training.examples import Examples
 from surgery.training.loop import Loop
 from surgery.training.machine import accelerated, quiet_transformers
@@ -142,7 +142,7 @@ def _identity(subject: Subject, start: Start, options: TrainOptions, accelerator
         "the data": subject.examples.rows.digest,
         "the held-out data": subject.held_out.rows.digest if subject.held_out is not None else None,
         "the number of processes": accelerator.num_processes,
-        "sharding": "fsdp2" if accelerator.is_fsdp2 else None,
+        "sharding": "fsdp2" if accelerator.is_fsdp2 else zero.asked(accelerator),
         "the device": accelerator.device.type,
     }
 
