@@ -82,6 +82,6 @@ def test_every_command_is_shown_before_what_it_prints(shown: str) -> None:
     assert commands == [
         *["extract"] * 5, "merge", "verify", "subtract", "verify", "extract", "inspect", "restore", "verify",
         "combine", "resize", "lint", "push", "hub", "pull", "upcycle", "dense", "verify",
-        "train", "train", "eval", "eval",
+        "train", "train", "eval", "eval", "push", "pull", "pull", "hub",
     ]  # fmt: skip
     assert shown.index("$ surgery subtract merged") < shown.index("exactly, proved by the base's hashes")
