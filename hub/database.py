@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from surgery.errors import FormatError, OutputError
@@ -20,9 +20,24 @@ _PATIENCE = 60.0
 
 
 class Database:
-    """One object may be used from several threads; each transaction has the connection to itself."""
+    """One object may be used from several threads; each transaction has the connection to itself.
 
-    def __init__(self, path: Path, tables: str, schema: int, create: bool = True) -> None:
+    Args:
+        path: the file.
+        tables: what a new file begins with, as SQL.
+        schema: the version that this program works with.
+        create: whether to make the file, and to bring an older one up to date.
+        upgrades: what leads from each version to the next, up to `schema`; a new file goes through all of them.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tables: str,
+        schema: int,
+        create: bool = True,
+        upgrades: Sequence[Callable[[sqlite3.Connection], None]] = (),
+    ) -> None:
         self._path = path
         self._mutex = threading.RLock()
         with self._sqlite():
@@ -37,17 +52,27 @@ class Database:
             )
             self._db.execute("PRAGMA foreign_keys = ON")
             self._db.execute("PRAGMA synchronous = FULL")
-            if create and self._version() == 0:
+            oldest = schema - len(upgrades)
+            if create and (self._version() == 0 or oldest <= self._version() < schema):
                 with self._change():
-                    if self._version() == 0:  # another process may have come first
+                    version = self._version()  # another process may have come first
+                    if version == 0:
                         for statement in tables.split(";\n"):
                             self._db.execute(statement)
-                        self._db.execute(f"PRAGMA user_version = {schema}")
-            if self._version() != schema:
-                raise FormatError(
-                    f"{path} has schema {self._version()}, expected {schema}; use the version of this tool that made "
-                    "it."
-                )
+                        version = oldest
+                    for upgrade in upgrades[version - oldest :]:
+                        upgrade(self._db)
+                    self._db.execute(f"PRAGMA user_version = {schema}")
+            if not create and oldest <= self._version() < schema:
+                # A reader who may write brings the file up to date; who may not is told below.
+                with contextlib.suppress(OutputError):
+                    Database(path, tables, schema, True, upgrades).close()
+            found = self._version()
+            if found != schema:
+                remedy = "use the version of this tool that made it"
+                if oldest <= found < schema:
+                    remedy = "whoever may write there brings it up to date, with `surgery hub reindex`"
+                raise FormatError(f"{path} has schema {found}, expected {schema}; {remedy}.")
 
     def close(self) -> None:
         """Let go of the file."""
