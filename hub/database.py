@@ -22,21 +22,14 @@ _PATIENCE = 60.0
 class Database:
     """One object may be used from several threads; each transaction has the connection to itself.
 
-    Args:
-        path: the file.
-        tables: what a new file begins with, as SQL.
-        schema: the version that this program works with.
-        create: whether to make the file, and to bring an older one up to date.
-        upgrades: what leads from each version to the next, up to `schema`; a new file goes through all of them.
+    A schema grows by steps, each a text of statements, or a function where what is there has to be worked on. Its
+    number is how many of them a file has been through; a file of an older version takes the missing ones, in one
+    transaction, when it is opened to write. Steps only add: who only reads an older file finds in it what was there
+    then.
     """
 
     def __init__(
-        self,
-        path: Path,
-        tables: str,
-        schema: int,
-        create: bool = True,
-        upgrades: Sequence[Callable[[sqlite3.Connection], None]] = (),
+        self, path: Path, steps: Sequence[str | Callable[[sqlite3.Connection], None]], create: bool = True
     ) -> None:
         self._path = path
         self._mutex = threading.RLock()
@@ -52,27 +45,21 @@ class Database:
             )
             self._db.execute("PRAGMA foreign_keys = ON")
             self._db.execute("PRAGMA synchronous = FULL")
-            oldest = schema - len(upgrades)
-            if create and (self._version() == 0 or oldest <= self._version() < schema):
+            if create and self._version() < len(steps):
                 with self._change():
-                    version = self._version()  # another process may have come first
-                    if version == 0:
-                        for statement in tables.split(";\n"):
+                    # Another process may have come first.
+                    for step in steps[self._version() :]:
+                        if callable(step):
+                            step(self._db)
+                            continue
+                        for statement in step.split(";\n"):
                             self._db.execute(statement)
-                        version = oldest
-                    for upgrade in upgrades[version - oldest :]:
-                        upgrade(self._db)
-                    self._db.execute(f"PRAGMA user_version = {schema}")
-            if not create and oldest <= self._version() < schema:
-                # A reader who may write brings the file up to date; who may not is told below.
-                with contextlib.suppress(OutputError):
-                    Database(path, tables, schema, True, upgrades).close()
-            found = self._version()
-            if found != schema:
-                remedy = "use the version of this tool that made it"
-                if oldest <= found < schema:
-                    remedy = "whoever may write there brings it up to date, with `surgery hub reindex`"
-                raise FormatError(f"{path} has schema {found}, expected {schema}; {remedy}.")
+                    self._db.execute(f"PRAGMA user_version = {max(len(steps), self._version())}")
+            if not 1 <= self._version() <= len(steps):
+                raise FormatError(
+                    f"{path} has schema {self._version()}, expected {len(steps)}; use the version of this tool that "
+                    "made it."
+                )
 
     def close(self) -> None:
         """Let go of the file."""

@@ -104,14 +104,25 @@ class BoundedFolder:
         return _BoundedSource(self._under.open(name), self._budget)
 
 
-def stored_facts(content: Content, metadata: Metadata, files: Sequence[FileEntry], name: str) -> dict[str, object]:
-    """The facts of files in a registry."""
+def stored_facts(
+    content: Content, metadata: Metadata, files: Sequence[FileEntry], name: str, kind: str = "model"
+) -> dict[str, object]:
+    """The facts of files in a registry; of a dataset those of its card."""
     sums = {entry.path: entry.sha256 for entry in files}
-    return facts_of(ContentFolder(content, files, name), lambda path: metadata.tensor_hashes(sums[path]))
+    folder = ContentFolder(content, files, name)
+    return facts_of(folder, lambda path: metadata.tensor_hashes(sums[path]), kind == "model")
 
 
-def facts_of(folder: Folder, hashes: Callable[[str], Mapping[str, str] | None]) -> dict[str, object]:
-    """The facts of a folder; `hashes` gives the BLAKE3-256 of a file's tensors where they are known. Never raises."""
+def facts_of(
+    folder: Folder, hashes: Callable[[str], Mapping[str, str] | None], weights: bool = True
+) -> dict[str, object]:
+    """The facts of a folder. Never raises.
+
+    Args:
+        folder: a commit's files, or any others.
+        hashes: gives the BLAKE3-256 of a file's tensors where they are known.
+        weights: whether to look at more than the card.
+    """
     facts: dict[str, object] = {}
     card: Mapping[str, object] = {}
     with _one:
@@ -119,16 +130,14 @@ def facts_of(folder: Folder, hashes: Callable[[str], Mapping[str, str] | None]) 
         try:
             card = read_card(bounded)
             facts |= {"card": shown} if (shown := _shown(card)) else {}
-            facts |= _examined(bounded, card, hashes)
+            facts |= _examined(bounded, card, hashes) if weights else {}
         except SurgeryError as error:
             facts["unread"] = error.message[:500]
         except Exception as error:  # a stranger's config may trip what trusts one, and a commit may not fail by it
             facts["unread"] = (
                 f"{folder.label} has a config or a header that cannot be understood ({type(error).__name__})."
             )
-    if facts:
-        facts["version"] = FACTS_VERSION
-    return facts
+    return facts | {"version": FACTS_VERSION}
 
 
 def _examined(

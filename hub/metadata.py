@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -9,13 +10,11 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import FormatError, InputError
+from surgery.errors import FormatError, InputError, SurgeryError
 from surgery.hub.interfaces import BRANCHES, Commit, ConflictError, ContentMissingError, FileEntry, Repository
 from surgery.hub.naming import MAIN, RepositoryName
 from surgery.hub.sqlite_index import SqliteIndex, add_index, index_head, note_weights
 
-SCHEMA = 2
-# Of schema 1; `add_index` leads on from there.
 _TABLES = """
 CREATE TABLE repositories (
     id INTEGER PRIMARY KEY,
@@ -58,13 +57,22 @@ CREATE TABLE contents (
 CREATE INDEX contents_by_size ON contents (size);
 CREATE INDEX contents_by_tree ON contents (tree);
 """
+STEPS = (_TABLES, add_index)
 
 
 class SqliteMetadata(SqliteIndex):
     """See the module. One object may be used from several threads; each transaction has the connection to itself."""
 
     def __init__(self, path: Path, create: bool = True) -> None:
-        super().__init__(path, _TABLES, SCHEMA, create, (add_index,))
+        super().__init__(path, STEPS, create)
+        if not create:
+            self._bring_up_to_date()
+
+    def _bring_up_to_date(self) -> None:
+        """Give an older file the index if whoever only reads it may write to it too."""
+        if not self.has_index():
+            with contextlib.suppress(SurgeryError):
+                SqliteMetadata(self._path).close()
 
     # Repositories -----------------------------------------------------------------------------------------------------
 

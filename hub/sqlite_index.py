@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from surgery.errors import InputError
+from surgery.errors import FormatError, InputError
 from surgery.hub.database import Database
 from surgery.hub.index import BY_HASH, BY_NAME, OTHER_HASH, Edge, Entry, ModelQuery, Reader, parents_in
 from surgery.hub.interfaces import BRANCHES, Repository
@@ -77,10 +78,8 @@ CREATE TABLE tensor_hashes (
 _ROW = (
     "r.id, r.kind, r.namespace, r.name, r.private, r.created, r.updated, l.commit_id, c.tree, c.facts, l.tags, l.size"
 )
-_FROM = (
-    "FROM repositories r LEFT JOIN listed l ON l.repository = r.id "
-    "LEFT JOIN commits c ON c.repository = r.id AND c.id = l.commit_id"
-)
+_CHOOSE = "FROM repositories r LEFT JOIN listed l ON l.repository = r.id"
+_FROM = f"{_CHOOSE} LEFT JOIN commits c ON c.repository = r.id AND c.id = l.commit_id"
 _ORDER = {
     "updated": ("r.updated", False),
     "created": ("r.created", False),
@@ -170,25 +169,47 @@ def _number(value: object) -> int | None:
 class SqliteIndex(Database):
     """The questions of `index.Index`."""
 
+    def has_index(self) -> bool:
+        """Whether the file has the tables; one of an earlier version has not, until somebody writes to it."""
+        with self._look() as db:
+            return db.execute("SELECT 1 FROM sqlite_master WHERE name = 'listed'").fetchone() is not None
+
+    @contextlib.contextmanager
+    def _ask(self) -> Iterator[sqlite3.Connection]:
+        with self._look() as db:
+            self._indexed = self._indexed or self.has_index()
+            if not self._indexed:
+                raise FormatError(
+                    f"{self._path} is of an earlier version and has no index yet; whoever may write there makes it, "
+                    "with `surgery hub reindex`."
+                )
+            yield db
+
+    _indexed = False
+
     def select(self, query: ModelQuery, reader: Reader) -> Sequence[Entry]:
         where, values = _conditions(query, reader)
         column, ascending = _ORDER[query.sort]
         direction = "ASC" if (ascending if query.ascending is None else query.ascending) else "DESC"
         # What has no such number comes last either way; names decide between equals, so that pages do not overlap.
         absent = f"{column} IS NULL, " if column.startswith("l.") else ""
-        order = f"ORDER BY {absent}{column} {direction}, r.key LIMIT ? OFFSET ?"
-        with self._look() as db:
-            rows = db.execute(f"SELECT {_ROW} {_FROM} WHERE {where} {order}", (*values, query.limit, query.begin))
+        order = f"ORDER BY {absent}{column} {direction}, r.key"
+        # The facts, which are long, only of those that the page shows.
+        chosen = f"SELECT r.id {_CHOOSE} WHERE {where} {order} LIMIT ? OFFSET ?"
+        with self._ask() as db:
+            rows = db.execute(
+                f"SELECT {_ROW} {_FROM} WHERE r.id IN ({chosen}) {order}", (*values, query.limit, query.begin)
+            )
             return [_entry(row) for row in rows.fetchall()]
 
     def count(self, query: ModelQuery, reader: Reader) -> int:
         where, values = _conditions(query, reader)
-        with self._look() as db:
-            (count,) = db.execute(f"SELECT COUNT(*) {_FROM} WHERE {where}", values).fetchone()
+        with self._ask() as db:
+            (count,) = db.execute(f"SELECT COUNT(*) {_CHOOSE} WHERE {where}", values).fetchone()
         return int(count)
 
     def entry(self, name: RepositoryName, reader: Reader, kind: str = "model") -> Entry | None:
-        with self._look() as db:
+        with self._ask() as db:
             row = db.execute(
                 f"SELECT {_ROW} {_FROM} JOIN names n ON n.repository = r.id WHERE n.kind = ? AND n.key = ?",
                 (kind, name.key),
@@ -209,7 +230,7 @@ class SqliteIndex(Database):
             "UNION SELECT p.repository, w.repository, p.number, 1 FROM parents p JOIN weights w "
             f"ON w.weights = p.weights WHERE {by_hash}"
         )
-        with self._look() as db:
+        with self._ask() as db:
             found: dict[tuple[int, int, int], bool] = {}
             for child, parent, at, same in db.execute(pairs, (asked, asked)).fetchall():
                 if child != parent:
@@ -241,7 +262,7 @@ class SqliteIndex(Database):
         return {number for (number,) in rows.fetchall()}
 
     def known_as(self, name: RepositoryName, kind: str = "model") -> Collection[str]:
-        with self._look() as db:
+        with self._ask() as db:
             rows = db.execute(
                 "SELECT key FROM names WHERE kind = ? AND repository = "
                 "(SELECT repository FROM names WHERE kind = ? AND key = ?)",
@@ -250,7 +271,7 @@ class SqliteIndex(Database):
         return {key for (key,) in rows} | {name.key}
 
     def weights_of(self, name: RepositoryName, kind: str = "model") -> Collection[str]:
-        with self._look() as db:
+        with self._ask() as db:
             rows = db.execute(
                 "SELECT weights FROM weights JOIN names USING (repository) WHERE kind = ? AND key = ?", (kind, name.key)
             ).fetchall()
@@ -262,12 +283,12 @@ class SqliteIndex(Database):
             db.executemany("INSERT OR REPLACE INTO tensor_hashes (sha256, hashes) VALUES (?, ?)", rows)
 
     def tensor_hashes(self, sha256: str) -> Mapping[str, str] | None:
-        with self._look() as db:
+        with self._ask() as db:
             row = db.execute("SELECT hashes FROM tensor_hashes WHERE sha256 = ?", (sha256,)).fetchone()
         return None if row is None else json.loads(row[0])
 
     def outdated(self, version: int) -> Sequence[tuple[RepositoryName, str]]:
-        with self._look() as db:
+        with self._ask() as db:
             rows = db.execute(
                 "SELECT DISTINCT r.namespace, r.name, c.id FROM refs "
                 "JOIN repositories r ON r.id = refs.repository AND r.kind = 'model' "

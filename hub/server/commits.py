@@ -281,7 +281,7 @@ def _commit(call: Call, branch: str, draft: Draft) -> Revision:
         files = applied(draft.operations, head.files if head is not None else ())
         if head is not None and list(head.files) == files:
             return head
-        facts = stored_facts(call.hub.content, call.hub.metadata, files, str(found.name)) if kind == "model" else {}
+        facts = stored_facts(call.hub.content, call.hub.metadata, files, str(found.name), kind)
         expected = head.commit.id if head is not None else None
         try:
             commit = registry.commit(found.name, branch, expected, files, draft.message, facts, kind)
@@ -289,5 +289,7 @@ def _commit(call: Call, branch: str, draft: Draft) -> Revision:
             continue
         except ContentMissingError:
             raise HttpError(409, "Content of the commit was removed meanwhile; upload it again.") from None
+        if kind == "model":
+            call.hub.completer.take_unhashed(found.name, commit.id, files)
         return Revision(found, commit, tuple(files))
     raise HttpError(503, "The branch keeps moving; try again.", headers={"Retry-After": "1"})
