@@ -11,16 +11,20 @@ few of the smallest tensors are read and hashed, so that another base of the sam
 
 from __future__ import annotations
 
+import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from surgery.adapter import Adapter, read_adapter
 from surgery.belonging import judge, recorded_hashes
 from surgery.checkpoint import Checkpoint, read_checkpoint
-from surgery.errors import MismatchError, SurgeryError
+from surgery.errors import InputError, MismatchError, SurgeryError
 from surgery.folder import Folder
 from surgery.hashing import hash_tensor
 from surgery.hub.facts import BoundedFolder
+from surgery.hub.index import Entry, ModelQuery, Reader
+from surgery.hub.interfaces import Commit
 from surgery.hub.server.content_folder import ContentFolder
 from surgery.hub.store import Registry, Revision
 from surgery.ops.fitting import fit
@@ -66,6 +70,54 @@ def fit_of(registry: Registry, adapter: Revision, base: Revision) -> Fit:
     sums = {entry.path: entry.sha256 for entry in base.files}
     folders = [ContentFolder(registry.content, found.files, str(found.repository.name)) for found in (adapter, base)]
     return check_fit(folders[0], folders[1], lambda path: registry.metadata.tensor_hashes(sums[path]))
+
+
+def fitting(registry: Registry, query: ModelQuery, base: Revision, reader: Reader) -> list[Entry]:
+    """The adapters of a query that fit a base: by the shapes in the index first, and then each by its headers.
+
+    Raises `InputError` for a base whose shapes are not known.
+    """
+    chosen = replace(query, shapes=shapes_of(base))
+    return [entry for entry in registry.metadata.select(chosen, reader) if does_fit(registry, entry, base)]
+
+
+def shapes_of(base: Revision) -> tuple[str, ...]:
+    """The shapes of a base's weights, from its facts. Raises `InputError` where they are not known."""
+    shapes = base.commit.facts.get("shapes")
+    if not isinstance(shapes, list):
+        raise InputError(f"Nothing is known of the shapes of {base.repository.name}; is it a checkpoint?")
+    return tuple(shape for shape in shapes if isinstance(shape, str))
+
+
+def does_fit(registry: Registry, entry: Entry, base: Revision) -> bool:
+    """Whether the newest commit of an entry fits a base."""
+    adapter = head_of(registry, entry)
+    return adapter is not None and remembered_fit(registry, adapter, base).fits == YES
+
+
+def head_of(registry: Registry, entry: Entry) -> Revision | None:
+    """The newest commit of an entry, with its files."""
+    if entry.commit is None or entry.tree is None:
+        return None
+    commit = Commit(entry.commit, None, entry.tree, "", entry.repository.updated, entry.facts)
+    return Revision(entry.repository, commit, tuple(registry.metadata.files(entry.tree)))
+
+
+_remembered: OrderedDict[tuple[str, ...], Fit] = OrderedDict()
+_MOST_REMEMBERED = 2048
+
+
+def remembered_fit(registry: Registry, adapter: Revision, base: Revision) -> Fit:
+    """`fit_of`, once for each pair of trees: they never change."""
+    names = (str(adapter.repository.name), str(base.repository.name))
+    weights = (str(adapter.commit.facts.get("weights")), str(base.commit.facts.get("weights")))
+    key = (adapter.commit.tree, base.commit.tree, *names, *weights)
+    if (found := _remembered.get(key)) is None:
+        found = _remembered[key] = fit_of(registry, adapter, base)
+        while len(_remembered) > _MOST_REMEMBERED:
+            with contextlib.suppress(KeyError):  # another thread was quicker
+                _remembered.popitem(last=False)
+    return found
 
 
 def check_fit(adapter: Folder, base: Folder, hashes: Callable[[str], Mapping[str, str] | None] | None = None) -> Fit:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
+from surgery.hub.fits import remembered_fit
 from surgery.hub.lineage import lineage as family_of
 from surgery.hub.naming import MAIN
 from surgery.hub.server.hub import Call
-from surgery.hub.server.listing import OURS, base_revision, remembered_fit
+from surgery.hub.server.listing import OURS, base_revision
 from surgery.hub.server.web import HttpError, json_response
 
 

@@ -10,23 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from urllib.parse import parse_qs
 
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from surgery.errors import OptionError, SurgeryError
+from surgery.errors import InputError, OptionError, SurgeryError
 from surgery.hub.asking import base_of_tag, parameter_span, rank_span
-from surgery.hub.fits import YES, Fit, fit_of
+from surgery.hub.fits import does_fit, head_of, shapes_of
 from surgery.hub.index import Entry, Index, ModelQuery, Reader, made_from
-from surgery.hub.interfaces import Commit
 from surgery.hub.naming import MAIN, parse_repository, parse_target
 from surgery.hub.server import describing
 from surgery.hub.server.files import expanded, next_page
 from surgery.hub.server.hub import Call
 from surgery.hub.server.web import HttpError, json_response, page
-from surgery.hub.store import Registry, Revision
+from surgery.hub.store import Revision
 
 Query = Mapping[str, Sequence[str]]
 # Tells a client that the questions of this server's own were understood.
@@ -54,16 +52,16 @@ async def listing(call: Call) -> Response:
         size = min(limit, _MOST_FITTED) if fitted else limit
         if fitted:
             base = base_revision(call, fitted)
-            shapes = base.commit.facts.get("shapes")
-            if not isinstance(shapes, list):
-                raise HttpError(400, f"Nothing is known of the shapes of {base.repository.name}.")
-            asked = replace(asked, shapes=[shape for shape in shapes if isinstance(shape, str)])
+            try:
+                asked = replace(asked, shapes=shapes_of(base))
+            except InputError as error:
+                raise HttpError(400, error.message) from None
         if _one(query, "gated").lower() in ("1", "true"):
             return [], False, size  # there is none here
         found = index.select(replace(asked, begin=begin, limit=size + 1), reader)
         entries = list(found[:size])
         if fitted:
-            entries = [entry for entry in entries if _fits(call.hub.registry, entry, base)]
+            entries = [entry for entry in entries if does_fit(call.hub.registry, entry, base)]
         return [described(call, entry, query) for entry in entries], len(found) > size, size
 
     items, more, size = await run_in_threadpool(find)
@@ -132,14 +130,6 @@ def described(call: Call, entry: Entry, query: Query) -> dict[str, object]:
     return found
 
 
-def head_of(registry: Registry, entry: Entry) -> Revision | None:
-    """The newest commit of an entry, with its files."""
-    if entry.commit is None or entry.tree is None:
-        return None
-    commit = Commit(entry.commit, None, entry.tree, "", entry.repository.updated, entry.facts)
-    return Revision(entry.repository, commit, tuple(registry.metadata.files(entry.tree)))
-
-
 def base_revision(call: Call, text: str) -> Revision:
     """The base that a request names, `ID[@revision]`, if this person may read it."""
     try:
@@ -150,33 +140,3 @@ def base_revision(call: Call, text: str) -> Revision:
     if entry is None:
         raise call.no_repository()
     return call.at("model", entry.name, ()).revision(revision or MAIN)
-
-
-def _fits(registry: Registry, entry: Entry, base: Revision) -> bool:
-    adapter = head_of(registry, entry)
-    return adapter is not None and remembered_fit(registry, adapter, base).fits == YES
-
-
-def remembered_fit(registry: Registry, adapter: Revision, base: Revision) -> Fit:
-    """`fit_of`, once for each pair of commits."""
-    found = _fit(registry, _Pair(adapter, base))
-    return replace(found, adapter=str(adapter.repository.name), base=str(base.repository.name))
-
-
-class _Pair:
-    """Two commits, which are the same as two others with the same trees."""
-
-    def __init__(self, adapter: Revision, base: Revision) -> None:
-        self.adapter, self.base = adapter, base
-        self._key = (adapter.commit.tree, base.commit.tree, str(adapter.repository.name), str(base.repository.name))
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Pair) and other._key == self._key
-
-
-@lru_cache(maxsize=2048)
-def _fit(registry: Registry, pair: _Pair) -> Fit:
-    return fit_of(registry, pair.adapter, pair.base)
