@@ -51,16 +51,20 @@ _RELATIONS = ("adapter", "merge", "finetune", "quantized", "upcycle")
 _one = threading.Lock()
 
 
+class TooMuchToReadError(SurgeryError):
+    """A commit has more headers and configs than are looked into."""
+
+
 class _Budget:
     """How many bytes may still be read."""
 
     def __init__(self, label: str, left: int) -> None:
-        self.label, self.left = label, left
+        self.label, self.left, self.limit = label, left, left
 
     def take(self, count: int) -> None:
         self.left -= count
         if self.left < 0:
-            raise FormatError(f"{self.label} has more than {MOST_READ:,} bytes of headers and configs.")
+            raise TooMuchToReadError(f"{self.label} has more than {self.limit:,} bytes of headers and configs.")
 
 
 class _BoundedSource(NotAFile):

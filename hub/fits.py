@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from surgery.adapter import Adapter, read_adapter
 from surgery.belonging import judge, recorded_hashes
 from surgery.checkpoint import Checkpoint, read_checkpoint
-from surgery.errors import InputError, MismatchError, SurgeryError
+from surgery.errors import InputError, MismatchError, SurgeryError, UnsupportedError
 from surgery.folder import Folder
 from surgery.hashing import hash_tensor
 from surgery.hub.facts import BoundedFolder
@@ -37,6 +37,8 @@ _MOST_REASONS = 20
 _PROBED = 4
 _PROBED_BYTES = 16_000_000
 _MOST_READ = 48_000_000
+# Each pattern of a config is tried with each module.
+_MOST_MATCHES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def check_fit(adapter: Folder, base: Folder, hashes: Callable[[str], Mapping[str
     small, large = BoundedFolder(adapter, _MOST_READ), BoundedFolder(base, _MOST_READ)
     names = (adapter.label, base.label)
     try:
-        factors, checkpoint = read_adapter(small), _open_base(large)
+        factors, checkpoint = _open_adapter(small), _open_base(large)
         changed = _changed(factors, checkpoint)
         return _verdict(names, factors, checkpoint, changed, hashes)
     except MismatchError as error:
@@ -143,6 +145,17 @@ def check_fit(adapter: Folder, base: Folder, hashes: Callable[[str], Mapping[str
         return Fit(*names, UNKNOWN, None, tuple(error.problems[:_MOST_REASONS]) or (error.message,))
     except Exception as error:  # a stranger's config may trip what trusts one; whoever asks is told, and no more
         return Fit(*names, UNKNOWN, None, (f"One of the two cannot be understood ({type(error).__name__}).",))
+
+
+def _open_adapter(folder: Folder) -> Adapter:
+    adapter = read_adapter(folder)
+    patterns = [adapter.config.get(key) for key in ("rank_pattern", "alpha_pattern")]
+    count = sum(len(found) for found in patterns if isinstance(found, dict))
+    if count * len(adapter.loras) > _MOST_MATCHES:
+        raise UnsupportedError(
+            f"{folder.label} has {count} patterns for {len(adapter.loras)} modules, too many to try."
+        )
+    return adapter
 
 
 def _open_base(folder: Folder) -> Checkpoint:

@@ -9,6 +9,7 @@ fits=ID[@revision]                                                             l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from urllib.parse import parse_qs
 
@@ -64,7 +65,8 @@ async def listing(call: Call) -> Response:
             entries = [entry for entry in entries if does_fit(call.hub.registry, entry, base)]
         return [described(call, entry, query) for entry in entries], len(found) > size, size
 
-    items, more, size = await run_in_threadpool(find)
+    async with call.hub.parsing if _one(query, "fits") else nullcontext():
+        items, more, size = await run_in_threadpool(find)
     return json_response(items, headers=OURS | (next_page(call, begin + size) if more else {}))
 
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.cli.hub import hub
+from surgery.cli.main import cli
 from surgery.errors import InputError, OptionError
 from surgery.hub.browsing import Wanted, fits, lineage, list_repositories
 from surgery.hub.endpoint import LOCAL, Endpoint
@@ -107,7 +107,7 @@ def test_another_model_of_the_same_shapes(family: Path, here: Path) -> None:
 
 def test_commands(family: Path) -> None:
     def run(*arguments: str) -> str:
-        result = CliRunner().invoke(hub, arguments, catch_exceptions=False)
+        result = CliRunner().invoke(cli, ["hub", *arguments], prog_name="surgery", catch_exceptions=False)
         assert result.exit_code == 0
         return result.stdout
 
@@ -131,21 +131,15 @@ def test_commands(family: Path) -> None:
 
 
 @pytest.fixture
-def fake(request: pytest.FixtureRequest) -> FakeHub:
-    found: FakeHub = request.getfixturevalue("hub")
-    return found
-
-
-@pytest.fixture
-def tagged(fake: FakeHub) -> Endpoint:
+def tagged(hub: FakeHub) -> Endpoint:
     for name, tags in {
         "org/base": [],
         "org/style": ["base_model:org/base", "base_model:adapter:org/base", "peft"],
         "org/tuned": ["base_model:org/base", "base_model:finetune:org/base"],
     }.items():
-        fake.repositories[name] = Repository(tags=tags)
-        fake.repositories[name].commit({"README.md": b""})
-    return Endpoint(fake.url)
+        hub.repositories[name] = Repository(tags=tags)
+        hub.repositories[name].commit({"README.md": b""})
+    return Endpoint(hub.url)
 
 
 def test_a_list_by_tags(tagged: Endpoint) -> None:
@@ -187,10 +181,10 @@ def test_lineage_by_tags(tagged: Endpoint) -> None:
         lineage("org/none", tagged)
 
 
-def test_fits_on_another_hub_reads_headers(fake: FakeHub, base: Path, style: Path) -> None:
+def test_fits_on_another_hub_reads_headers(hub: FakeHub, base: Path, style: Path) -> None:
     for name, folder in (("org/base", base), ("org/style", style)):
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        fake.repositories[name] = Repository()
-        fake.repositories[name].commit(files)
-    found = fits("org/style", "org/base", Endpoint(fake.url))
+        hub.repositories[name] = Repository()
+        hub.repositories[name].commit(files)
+    found = fits("org/style", "org/base", Endpoint(hub.url))
     assert (found.fits, found.by) == ("yes", "shape")

@@ -17,7 +17,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.hub.endpoint import LOCAL
+from surgery.errors import InputError
+from surgery.hub.browsing import Wanted, list_repositories
+from surgery.hub.browsing import fits as fits_of
+from surgery.hub.browsing import lineage as browsing_lineage
+from surgery.hub.endpoint import LOCAL, Endpoint
 from surgery.hub.push import PushOptions, push
 from surgery.hub.store import open_registry
 from tests.hub.server.serving import Server
@@ -365,6 +369,41 @@ def test_another_shape_is_named(pushed: Server, family: Family, tmp_path: Path) 
 def test_fits_needs_a_base(pushed: Server) -> None:
     assert ask(pushed, "/lab/adapter/fits") == (400, "fits needs ?base=ID, the base that the adapter is held against.")
     assert ask(pushed, "/lab/base/fits", base="lab/base")["fits"] == "unknown"
+
+
+# The commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_ask_the_server(pushed: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", pushed.tokens["ada"])
+    place = Endpoint(pushed.url)
+
+    def listed(**wanted: Any) -> set[str]:
+        found = list_repositories(place, Wanted(**wanted)).repositories
+        return {item.name for item in found if item.name.startswith("lab/")}
+
+    assert listed(kind="adapter", rank="8..") == {"lab/extracted"}
+    assert listed(fits="lab/base", targets=("q_proj",)) == {"lab/adapter", "lab/extracted"}
+    assert listed(tags=("base_model:merge:lab/base",), search="merged") == {"lab/merged"}
+    (item,) = list_repositories(place, Wanted(kind="moe")).repositories
+    assert (item.name, item.kind, item.base) == ("lab/moe", "moe", "base")
+    assert item.size is not None
+    tree = browsing_lineage("lab/base", place)
+    assert tree.as_dict() == family_of_server(pushed)
+    assert fits_of("lab/extracted", "lab/base", place).by == "hash"
+    with pytest.raises(InputError, match=r"^http://\S+ answers: Repository not found$"):
+        fits_of("lab/adapter", "lab/none", place)
+    monkeypatch.setenv("HF_TOKEN", pushed.tokens["bob"])
+    with pytest.raises(InputError, match=r"^http://\S+ answers: Repository not found$"):
+        browsing_lineage("lab/extracted", place)
+
+
+def family_of_server(server: Server) -> dict[str, Any]:
+    """As the server's JSON has it, with pairs for lists."""
+    found: dict[str, Any] = ask(server, "/lab/base/lineage")
+    for node in found["nodes"]:
+        node["rank"] = tuple(node["rank"]) if node["rank"] else None
+    return {**found, **{key: tuple(found[key]) for key in ("nodes", "links", "copies")}}
 
 
 # Hostile --------------------------------------------------------------------------------------------------------------
