@@ -90,3 +90,8 @@ class MissingExtraError(SurgeryError, ImportError):
 def several(what: str, problems: Sequence[str]) -> str:
     """The sentence for one or more faults: the fault itself if it is alone, else a count and `what` they concern."""
     return problems[0] if len(problems) == 1 else f"{len(problems)} problems with {what}:"
+
+
+def first_line(error: BaseException) -> str:
+    """What another library says is wrong, to be part of a sentence: its first line without the full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

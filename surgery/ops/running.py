@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import InputError, MissingExtraError
+from surgery.errors import InputError, MissingExtraError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,7 +96,7 @@ def load(path: Path, base: Path | None = None, dtype: torch.dtype | None = None,
         try:
             config = transformers.AutoConfig.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            reason = first_line(error)
             raise InputError(f"{path} cannot be run: transformers has no model for its config ({reason}).") from error
         named, homes = (getattr(config, "architectures", None) or [class_name])[0], (transformers, modeling_upcycled)
         cls = next((getattr(home, named) for home in homes if named and hasattr(home, named)), None)

@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import NonFiniteError
-from surgery.training import state
+from surgery.training import state, zero
 from surgery.training.batches import Batch, share
+from surgery.training.engine import Engine
 from surgery.training.evaluation import evaluate, predictions_of, silenced
 from surgery.training.examples import Examples
-from surgery.training.rates import make_optimizer, rate
+from surgery.training.options import TrainOptions
+from surgery.training.rates import rate
 from surgery.training.routers import Routers
-from surgery.training.sharding import gathered, is_sharded, whole
 from surgery.training.tasks import model_inputs
 from surgery.training.work import Line, Work, schedule_of
 
@@ -49,10 +50,8 @@ class Loop:
         self.routers = Routers.of(work.prepared.model, options.router_aux_loss, options.router_z_loss)
         groups = work.prepared.optimizer_groups(options.weight_decay)
         self.peaks = [group["lr"] for group in groups]
-        self.model, self.optimizer = accelerator.prepare(work.prepared.model, make_optimizer(groups, options))
-        # After that, since a model that is spread over processes has other parameters.
-        self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self.sharded = any(map(is_sharded, self.trained))
+        self.engine = engine_for(accelerator, work.prepared.model, groups, options)
+        self.model = self.engine.model
         self.stopping = False
         self.resumed = 0
         self.loss = self._zero()  # of this process, over the passes of the step so far
@@ -86,19 +85,17 @@ class Loop:
         begun = time.monotonic()
         for number, batch in self._batches(window, position.passes):
             last = number == len(window) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            with self.engine.passing(last):
                 self._pass(batch, predictions)
             position.passes = number + 1
             if not last and self._must_stop(within=True):
                 self._interrupt(begun)
         loss = self._sum(self.loss)
-        norm = self._clip()
-        self._check_finite(loss, norm, window)
+        self._check_finite(loss, 0.0, window)
         rates = [peak * rate(position.step, work.steps, options) for peak in self.peaks]
-        for group, value in zip(self.optimizer.param_groups, rates, strict=True):
+        for group, value in zip(self.engine.groups(), rates, strict=True):
             group["lr"] = value
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        norm = self.engine.update(lambda norm: self._check_finite(loss, norm, window))
         position.passes, position.step = 0, position.step + 1
         size = sum(work.examples.size(rows) for rows in window)
         position.tokens += size
@@ -109,15 +106,6 @@ class Loop:
         self._report(loss, norm, max(rates))
         self.loss, self.aux, self.z = self._zero(), self._zero(), self._zero()
         self._after()
-
-    def _clip(self) -> float:
-        """Scale the gradients down to the norm allowed; returns what it was."""
-        import torch
-
-        most = self.work.options.max_grad_norm or math.inf
-        # accelerate compares sharded parameters by value to find out whose they are, which fails in another order.
-        clip = torch.nn.utils.clip_grad_norm_ if self.sharded else self.accelerator.clip_grad_norm_
-        return float(whole(clip(self.trained, most)))
 
     def _pass(self, batch: Batch, predictions: int) -> None:
         """One forward and backward pass: the loss is this process's part of the step's mean."""
@@ -137,7 +125,7 @@ class Loop:
             self.aux += part / self.accelerator.num_processes * aux.detach()
             self.z += part / self.accelerator.num_processes * z.detach()
             self.routers.observe(routings)
-        self.accelerator.backward(loss)
+        self.engine.backward(loss)
 
     def _batches(self, window: list[list[int]], first: int) -> Iterator[tuple[int, Batch]]:
         """This process's batches of a step, each made while the one before it is computed."""
@@ -163,15 +151,17 @@ class Loop:
         if math.isfinite(loss) and (math.isfinite(norm) or self.accelerator.scaler is not None):
             return
         position = self.position
-        self.optimizer.zero_grad()
+        self.engine.discard()
         self.loss, self.aux, self.z = self._zero(), self._zero(), self._zero()
         position.passes = 0
-        self.save()
+        if self.engine.kept:
+            self.save()
+        kept = "before that step" if self.engine.kept else "that was saved last"
         places = self.work.examples.places([item for rows in window for item in rows])
         shown = ", ".join(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
         what = f"loss is {loss}" if not math.isfinite(loss) else f"norm of the gradients is {norm}"
         raise NonFiniteError(
-            f"The {what} in step {position.step + 1}, whose batch is {shown}; the state before that step is kept in "
+            f"The {what} in step {position.step + 1}, whose batch is {shown}; the state {kept} is kept in "
             f"{self.work.root}. Look at the data, or begin anew with a lower --learning-rate."
         )
 
@@ -196,7 +186,7 @@ class Loop:
         if position.best_loss is None or found["eval_loss"] < position.best_loss:
             position.best_loss, position.best_step, position.stale = found["eval_loss"], position.step, 0
             if self.work.options.keep == "best":
-                weights = gathered(state.weights_of(self.work.prepared.model), self.accelerator.is_main_process)
+                weights = self.engine.trained_weights()
                 if self.accelerator.is_main_process:
                     state.save_best(self.work.root, weights)
         else:
@@ -212,11 +202,8 @@ class Loop:
 
         Every process must ask; the first one gets the tensors, those of the best evaluation where these are kept.
         """
-        if not self.sharded:
-            return None
-        main = self.accelerator.is_main_process
-        found = gathered(self.work.prepared.model.state_dict(keep_vars=True), main)
-        if main and self.work.options.keep == "best" and self.position.best_loss is not None:
+        found = self.engine.weights()
+        if found and self.work.options.keep == "best" and self.position.best_loss is not None:
             for name, tensor in state.load_best(self.work.root).items():
                 found[name].copy_(tensor)
         return found
@@ -265,17 +252,11 @@ class Loop:
 
     def save(self) -> None:
         """Write the state, as it is between two forward passes."""
-        weights = state.weights_of(self.work.prepared.model)
-        parameters = dict(self.work.prepared.model.named_parameters())
-        own = {f"gradient/{name}": p.grad for name, p in parameters.items() if p.grad is not None}
+        common, own = self.engine.state()
         own |= {f"random/{name}": tensor for name, tensor in state.random_tensors().items()}
         if self.routers is not None:
             own |= {f"router/{name}": sums for name, sums in self.routers.sums.items()}
         own |= {"sum/loss": self.loss, "sum/aux": self.aux, "sum/z": self.z}
-        common = {f"weight/{name}": tensor for name, tensor in weights.items()}
-        common |= {f"optimizer/{n}": tensor for n, tensor in state.optimizer_tensors(self.optimizer).items()}
-        if self.sharded:
-            own, common = own | common, {}
         main = None
         if self.accelerator.is_main_process:
             main = common
@@ -286,27 +267,23 @@ class Loop:
 
     def _load(self) -> state.Position:
         self.position, main, own = state.load(self.work.root, self.accelerator.process_index)
-        model = self.work.prepared.model
-        common = own if self.sharded else main
-        state.put_weights(model, _below(common, "weight/"))
-        state.put_optimizer(self.optimizer, _below(common, "optimizer/"))
+        self.engine.put_state(main, own)
         if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict({n: t.item() for n, t in _below(main, "scaler/").items()})
-        gradients = _below(own, "gradient/")
-        for name, parameter in model.named_parameters():
-            parameter.grad = gradients[name].to(parameter.device) if name in gradients else None
+            self.accelerator.scaler.load_state_dict({n: t.item() for n, t in state.below(main, "scaler/").items()})
         device = self.accelerator.device
         self.loss, self.aux, self.z = (own[f"sum/{name}"].to(device) for name in ("loss", "aux", "z"))
         if self.routers is not None:
-            self.routers.sums |= {name: sums.to(device) for name, sums in _below(own, "router/").items()}
-        state.put_random(_below(own, "random/"))  # last: nothing before the next pass may draw
+            self.routers.sums |= {name: sums.to(device) for name, sums in state.below(own, "router/").items()}
+        state.put_random(state.below(own, "random/"))  # last: nothing before the next pass may draw
         return self.position
 
     def _must_stop(self, within: bool) -> bool:
         """Whether to end here. Several processes, each told at its own time, agree at the end of a step."""
+        if within and not self.engine.stops_anywhere:
+            return False
         if self.accelerator.num_processes == 1:
             return self.stopping
-        return not within and self._sum(self._zero() + int(self.stopping)) > 0
+        return self._sum(self._zero() + int(self.stopping)) > 0
 
     def _interrupt(self, begun: float | None) -> None:
         self.position.seconds += time.monotonic() - begun if begun is not None else 0.0
@@ -345,6 +322,12 @@ class Loop:
         return float(self.accelerator.reduce(value, reduction="sum"))
 
 
+def engine_for(accelerator: Any, model: Any, groups: list[dict[str, Any]], options: TrainOptions) -> Engine:
+    """A model ready to be trained, by DeepSpeed where `accelerate launch` was told so."""
+    kind = zero.ZeroEngine if zero.is_asked() else Engine
+    return kind(accelerator, model, groups, options)
+
+
 def peak_memory() -> int:
     """Bytes at most so far: of the GPU where there is one, else of this process."""
     import resource
@@ -354,10 +337,6 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _tensor(value: float) -> torch.Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from surgery.errors import OptionError, UnsupportedError
+from surgery.training import zero
 from surgery.training.options import TrainOptions
 from surgery.training.text import transformers_package
 
@@ -29,6 +30,8 @@ def accelerated(options: TrainOptions, device: str, trackers: Sequence[str]) -> 
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not launched:
         AcceleratorState._reset_state(reset_partial_state=True)
+    if zero.is_asked() and not torch.cuda.is_available():
+        device = "cpu"  # accelerate would take each process for a run of its own
     on_gpu = device != "cpu" and torch.cuda.is_available()
     precision = options.precision
     if precision == "auto":
@@ -86,7 +89,7 @@ def check_kind(accelerator: Any) -> None:
                 "fresh heads need; set it to false, as examples/accelerate/fsdp2.yaml has it."
             )
         _reduce_in_float32(accelerator)
-    elif kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+    elif kind.value not in ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED"):
         raise UnsupportedError(
             f"Training over {str(kind).rpartition('.')[2]} is not there; shard the model with FSDP2, as "
             "examples/accelerate/fsdp2.yaml has it, or launch data-parallel processes, as ddp.yaml has them."

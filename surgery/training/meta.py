@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import InputError, MissingExtraError, OptionError, UnsupportedError
+from surgery.errors import InputError, MissingExtraError, OptionError, UnsupportedError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -79,11 +79,6 @@ def _silent(transformers: Any) -> Iterator[None]:
         yield
     finally:
         transformers.logging.set_verbosity(before)
-
-
-def first_line(error: BaseException) -> str:
-    """The beginning of another package's message, for a sentence of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def example_inputs(model: Any, batch: int, length: int) -> dict[str, torch.Tensor]:

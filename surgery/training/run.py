@@ -18,7 +18,8 @@ from surgery.errors import MissingExtraError
 from surgery.hashing import HashBook
 from surgery.operation import check_paths
 from surgery.provenance import FILE_NAME, describe_input, describe_tensor, document, hash_files
-from surgery.training import plots, state
+from surgery.training import plots, state, zero
+from surgery.training.effects import without_effect
 from surgery.training.examples import Examples
 from surgery.training.loop import Loop
 from surgery.training.machine import accelerated, quiet_transformers
@@ -142,7 +143,7 @@ def _identity(subject: Subject, start: Start, options: TrainOptions, accelerator
         "the data": subject.examples.rows.digest,
         "the held-out data": subject.held_out.rows.digest if subject.held_out is not None else None,
         "the number of processes": accelerator.num_processes,
-        "sharding": "fsdp2" if accelerator.is_fsdp2 else None,
+        "sharding": "fsdp2" if accelerator.is_fsdp2 else zero.asked(accelerator),
         "the device": accelerator.device.type,
     }
 
@@ -278,6 +279,13 @@ def _notes(subject: Subject, options: TrainOptions) -> Iterator[str]:
         yield f"{examples.longer} examples were too long and have been {what}."
     if examples.skipped and options.over_length != "skip":
         yield f"{examples.skipped} examples have nothing to learn and take no part."
+    warm = warmup_steps(subject.steps, options)
+    if 0 < subject.steps <= warm:
+        yield (
+            f"The warm-up of {warm} steps is not over after {subject.steps}: the learning rate never reaches "
+            f"{options.rate:g}; --warmup below 1 is a share of the run."
+        )
+    yield from without_effect(subject, options)
 
 
 @contextlib.contextmanager

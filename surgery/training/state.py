@@ -232,6 +232,11 @@ def put_random(tensors: Mapping[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(tensors["cuda"])
 
 
+def below(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tensors:
+    """Those whose names begin so, without that."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 # Files ----------------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint import Checkpoint
-from surgery.errors import InputError, OptionError
+from surgery.errors import InputError, OptionError, first_line
 from surgery.training import batches
 from surgery.training.dropout import add_residual_dropout
 from surgery.training.examples import Examples, hold_out, image_examples, text_examples
@@ -52,6 +52,8 @@ def make_subject(start: Start, options: TrainOptions, accelerator: Any) -> Subje
     with accelerator.main_process_first():  # which leaves tokens in the cache of `datasets` for the others
         rows = read_rows(options.data)
         task = find_task(config, rows.kind, checkpoint.label, options.data, options.task)
+        if options.packing and task.name != "causal-lm":
+            raise OptionError(f"--packing is for causal language models, and the task is {task.name}; leave it out.")
         labels = find_labels(rows, config) if task.classifies else None
         tokenizer = None
         if rows.kind != "image" and not (rows.kind == "tokens" and not has_tokenizer(folder, options)):
@@ -194,7 +196,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(checkpoint.path)
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
         raise InputError(f"{checkpoint.label} cannot be run: transformers has no model for it ({reason}).") from error
 
 

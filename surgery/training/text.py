@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import InputError, MissingExtraError, OptionError
+from surgery.errors import InputError, MissingExtraError, OptionError, first_line
 from surgery.hashing import new_hash
 from surgery.training.options import TrainOptions
 
@@ -36,7 +36,7 @@ def load_tokenizer(folder: Path, options: TrainOptions) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
     except Exception as error:  # transformers raises whatever it stumbles over
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
         raise InputError(
             f"{place} has no tokenizer that can be loaded ({reason}); name one with --tokenizer."
         ) from error

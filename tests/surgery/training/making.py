@@ -52,7 +52,7 @@ def model(kind: str = "llama", **settings: Any) -> Any:
     """A fresh model of two layers."""
     torch.manual_seed(0)
     class_name, config_name, own = MODELS[kind]
-    return getattr(transformers, class_name)(getattr(transformers, config_name)(**own, **settings))
+    return getattr(transformers, class_name)(getattr(transformers, config_name)(**(own | settings)))
 
 
 def checkpoint(folder: Path, kind: str = "llama", made: Any = None, **settings: Any) -> Path:

@@ -56,10 +56,10 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return making.texts(tmp_path_factory.mktemp("data") / "held.jsonl", 5)
 
 
-def words(base: Path, data: Path, output: Path, **how: Any) -> list[str]:
+def words(base: Path, data: Path, output: Path, config: Path = CONFIG, **how: Any) -> list[str]:
     """The command of a run on two processes that share the model."""
     options = [word for name, value in how.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     launch += ["--num_processes", "2", "--main_process_port", "0", "-m", "surgery", "train"]
     return [
         *launch,
@@ -183,9 +183,12 @@ class Fake:
         (Fake("FSDP", 1), "Training over FSDP1 is not there; set fsdp_version: 2, as examples/accelerate/fsdp2.yaml"),
         (Fake("FSDP", precision="fp16"), "--precision fp16 does not go with FSDP2; use bf16 or fp32."),
         (Fake("FSDP", efficient=True), "fsdp_cpu_ram_efficient_loading leaves all processes but the first without"),
-        (Fake("DEEPSPEED"), "Training over DEEPSPEED is not there; shard the model with FSDP2, as examples/accelerate"),
+        (
+            Fake("MEGATRON_LM"),
+            "Training over MEGATRON_LM is not there; shard the model with FSDP2, as examples/acceler",
+        ),
     ],
-    ids=["FSDP1", "float16", "weights on one process", "DeepSpeed"],
+    ids=["FSDP1", "float16", "weights on one process", "Megatron"],
 )
 def test_processes_that_cannot_be_trained_with(accelerator: Any, sentence: str) -> None:
     with pytest.raises(UnsupportedError) as caught:

@@ -13,6 +13,7 @@ import transformers
 
 import surgery
 from surgery.errors import InputError, OptionError
+from surgery.training.images import Pictures
 from surgery.training.tasks import TASKS
 from tests.surgery.training import making
 
@@ -101,6 +102,90 @@ def test_pictures(tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 0.15
     (*_, last) = [line for line in making.log(tmp_path / "out") if "eval_loss" in line]
     assert last["eval_accuracy"] == right
+
+
+def test_options_without_effect_are_named(tmp_path: Path) -> None:
+    base = making.checkpoint(tmp_path / "model")
+    data = making.jsonl(tmp_path / "a.jsonl", [{"input_ids": [5, 6, 7]}])
+    how = {
+        "steps": 2,
+        "warmup": 500,
+        "new_head": True,
+        "router_z_loss": 0.1,
+        "end_token": "<end>",
+        "learning_rate": 1e-3,
+    }
+    report = making.run(base, data, tmp_path / "out", **how)
+    assert report.notes == (
+        "The warm-up of 500 steps is not over after 2: the learning rate never reaches 0.001; --warmup below 1 is a "
+        "share of the run.",
+        "--new-head has no effect: it is for classification, and the task is causal-lm.",
+        f"--router-z-loss has no effect: {base} has no routers.",
+        "--end-token has no effect: the data are tokens already.",
+    )
+    assert making.run(base, data, tmp_path / "other", steps=2, learning_rate=1e-3).notes == ()
+    vit = making.checkpoint(tmp_path / "vit", "vit")
+    np.savez(tmp_path / "a.npz", images=np.zeros((1, 8, 8), np.uint8), labels=np.array([9]))
+    notes = making.run(vit, tmp_path / "a.npz", tmp_path / "seen", steps=1, max_length=7).notes
+    assert notes == ("--max-length has no effect on pictures.",)
+    with pytest.raises(OptionError, match="--packing is for causal language models, and the task is image-classificat"):
+        making.run(vit, tmp_path / "a.npz", tmp_path / "packed", steps=1, packing=True)
+
+
+def test_pictures_go_through_the_checkpoints_processor(tmp_path: Path) -> None:
+    """Size, interpolation, scale, mean and deviation are those of transformers' own, for files and arrays."""
+    from PIL import Image
+
+    base = making.checkpoint(tmp_path / "vit", "vit", num_channels=3)
+    settings = {
+        "image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}, "resample": 3,
+        "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6],
+    }  # fmt: skip
+    (base / "preprocessor_config.json").write_text(json.dumps(settings))
+    config = transformers.AutoConfig.from_pretrained(base)
+    made = Pictures.of(base, config, int)
+    processor = transformers.AutoImageProcessor.from_pretrained(base)
+    array = np.random.default_rng(0).integers(0, 256, (19, 23, 3), dtype=np.uint8)
+    image = Image.fromarray(array)
+    expected = processor(images=image, return_tensors="np")["pixel_values"][0]
+    assert expected.std() > 0.1
+    for given in (image, array, array.transpose(2, 0, 1)):
+        assert np.array_equal(made.pixels(given), expected)
+    scaled = processor(images=array.astype(np.float32) / 255, do_rescale=False, return_tensors="np")["pixel_values"][0]
+    assert np.array_equal(made.pixels(array.astype(np.float32) / 255), scaled)
+    grey = made.pixels(image.convert("L"))  # one channel stands for all of them
+    assert np.array_equal(
+        grey, processor(images=image.convert("L").convert("RGB"), return_tensors="np").pixel_values[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "shape", "sentence"),
+    [
+        ("{", (2, 8, 8, 3), "{base}/preprocessor_config.json cannot be used ("),
+        ('{"image_processor_type": "Nothing"}', (2, 8, 8, 3), "{base}/preprocessor_config.json cannot be used ("),
+        (
+            '{"image_processor_type": "ViTImageProcessor", "size": {"height": 4, "width": 4}}',
+            (2, 8, 8, 3),
+            "The picture of {data}, example 1 does not suit the model: preprocessor_config.json makes [3, 4, 4] of "
+            "it, and the model takes [3, 8, 8].",
+        ),
+        (
+            None,
+            (2, 8, 8, 5),
+            "The picture of {data}, example 1 does not suit the model: its shape is [8, 8, 5], expected 3",
+        ),
+    ],
+    ids=["no JSON", "no processor", "another size", "channels"],
+)
+def test_pictures_that_do_not_suit(settings: str | None, shape: tuple[int, ...], sentence: str, tmp_path: Path) -> None:
+    base = making.checkpoint(tmp_path / "vit", "vit", num_channels=3)
+    if settings is not None:
+        (base / "preprocessor_config.json").write_text(settings)
+    np.savez(tmp_path / "a.npz", images=np.zeros(shape, np.uint8)[:1], labels=np.array([9]))
+    with pytest.raises(InputError) as caught:
+        making.run(base, tmp_path / "a.npz", tmp_path / "out", steps=1, batch_size=1)
+    assert str(caught.value).startswith(sentence.format(base=base, data=tmp_path / "a.npz"))
 
 
 def test_a_head_for_other_labels(tmp_path: Path) -> None:
