@@ -17,10 +17,10 @@ from surgery.checkpoint import Checkpoint, read_adapter_files, read_checkpoint
 from surgery.errors import SurgeryError
 from surgery.folder import Folder
 from surgery.names import expert_of, layer_of
-from surgery.ops.inspection import inspect_checkpoint
+from surgery.ops.inspection import experts_of
 from surgery.patterns import compile_pattern
 from surgery.provenance import FILE_NAME, read_provenance
-from surgery.sites import find_sites
+from surgery.sites import Site, find_sites
 
 # Modules that hold the token embedding, as transformers' models store it.
 _EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight")
@@ -193,24 +193,25 @@ def _is_target(targets: list[str] | re.Pattern[str], module: str) -> bool:
 
 
 def _examine_checkpoint(files: Checkpoint, provenance: Mapping[str, object] | None, check: bool) -> Examined:
-    report = inspect_checkpoint(files)
-    facts = _common(files, "moe" if report.experts else "dense", provenance) | {
+    sites = find_sites(files)
+    experts = experts_of(files, sites)
+    facts = _common(files, "moe" if experts else "dense", provenance) | {
         "family": files.model_type or None,
         "architecture": files.architecture or None,
         "base": _first_source(provenance, ("base", "merged", "checkpoint")),
     }
-    if report.experts:
-        facts["experts"] = report.experts.experts
-    facts |= _shapes(_weight_shapes(files))
+    if experts:
+        facts["experts"] = experts.experts
+    facts |= _shapes(_weight_shapes(files, sites))
     if not check:
         return Examined(files, facts, ())
     notes = () if files.config else ("There is no config.json, so the weights are checked against nothing.",)
     return Examined(files, facts, tuple(_config_problems(files)), notes)
 
 
-def _weight_shapes(files: Checkpoint) -> Iterator[tuple[int, int]]:
+def _weight_shapes(files: Checkpoint, sites: Mapping[str, Site]) -> Iterator[tuple[int, int]]:
     """Rows and columns of every weight, as transformers has it in memory and as it is stored."""
-    for site in find_sites(files).values():
+    for site in sites.values():
         yield site.out_features, site.in_features
     for tensor in files.tensors.values():
         if len(tensor.shape) > 1:

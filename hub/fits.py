@@ -185,6 +185,8 @@ def _verdict(
 ) -> Fit:
     recorded, source = recorded_hashes(read_provenance(adapter.files.folder), "base")
     count = len(changed)
+    if not changed:
+        return Fit(*names, YES, SHAPE, ("It changes no tensor of the base, and only adds to them.",))
     placed = f"All {count} tensors that it changes have the right shape"
     if not recorded:
         return Fit(*names, YES, SHAPE, (f"{placed}; it has no hashes of its base on record.",), count)
