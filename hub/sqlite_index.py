@@ -19,14 +19,14 @@ _HEAD = BRANCHES + MAIN
 _TABLES = """
 CREATE TABLE listed (
     repository INTEGER PRIMARY KEY REFERENCES repositories (id) ON DELETE CASCADE,
-    commit_id TEXT NOT NULL,      -- where main is
-    tags TEXT NOT NULL,           -- JSON list
-    words TEXT NOT NULL,          -- what a search looks through beside the name, in lower case
-    size INTEGER NOT NULL,        -- bytes of all files
     kind TEXT,                    -- adapter, dense, moe
     family TEXT,
     parameters INTEGER,
-    weights TEXT                  -- hash of all tensors
+    size INTEGER NOT NULL,        -- bytes of all files
+    commit_id TEXT NOT NULL,      -- where main is
+    weights TEXT,                 -- hash of all tensors
+    words TEXT NOT NULL,          -- what a search looks through beside the name, in lower case
+    tags TEXT NOT NULL            -- JSON list; what is long comes last, so that the rest is read without it
 );
 CREATE INDEX listed_by_weights ON listed (weights);
 CREATE TABLE marks (
@@ -191,8 +191,9 @@ class SqliteIndex(Database):
         where, values = _conditions(query, reader)
         column, ascending = _ORDER[query.sort]
         direction = "ASC" if (ascending if query.ascending is None else query.ascending) else "DESC"
-        # What has no such number comes last either way; names decide between equals, so that pages do not overlap.
-        absent = f"{column} IS NULL, " if column.startswith("l.") else ""
+        # What has no such number comes last, as SQLite has it from large to small. Names decide between equals, so that
+        # pages do not overlap.
+        absent = f"{column} IS NULL, " if column.startswith("l.") and direction == "ASC" else ""
         order = f"ORDER BY {absent}{column} {direction}, r.key"
         # The facts, which are long, only of those that the page shows.
         chosen = f"SELECT r.id {_CHOOSE} WHERE {where} {order} LIMIT ? OFFSET ?"

@@ -25,6 +25,7 @@ from surgery.hub.endpoint import LOCAL, Endpoint
 from surgery.hub.push import PushOptions, push
 from surgery.hub.store import open_registry
 from tests.hub.server.serving import Server
+from tests.hub.test_index import downgrade
 from tests.models import make, save
 from tests.peft_tools import write_adapter
 from tests.tools import read_json
@@ -404,6 +405,27 @@ def family_of_server(server: Server) -> dict[str, Any]:
     for node in found["nodes"]:
         node["rank"] = tuple(node["rank"]) if node["rank"] else None
     return {**found, **{key: tuple(found[key]) for key in ("nodes", "links", "copies")}}
+
+
+# Older registries -----------------------------------------------------------------------------------------------------
+
+
+def test_a_server_examines_what_an_earlier_version_examined(family: Family, tmp_path: Path) -> None:
+    server = Server(tmp_path / "data")
+    push(family["extracted"], "lab/extracted", LOCAL, PushOptions(), server.data)
+    push(family["base"], "lab/base", LOCAL, PushOptions(), server.data)
+    downgrade(server.data)
+    server.start()
+    try:
+        found: dict[str, Any] = {}
+        for _ in range(100):
+            found = httpx2.get(f"{server.url}/api/models/lab/base/lineage").json()
+            if found["links"] and found["links"][0]["by"] == "hash":
+                break
+            time.sleep(0.05)
+        assert [(link["child"], link["by"]) for link in found["links"]] == [("lab/extracted", "hash")]
+    finally:
+        server.stop()
 
 
 # Hostile --------------------------------------------------------------------------------------------------------------
