@@ -10,7 +10,8 @@ from rich.console import Console
 from surgery.cli.formats import more, number, size
 from surgery.cli.tables import MOST_ROWS, facts, line, notes, table
 from surgery.hub.account import AccountReport
-from surgery.hub.listing import DeleteReport, InfoReport, ListReport
+from surgery.hub.browsing import ListReport
+from surgery.hub.listing import DeleteReport, InfoReport
 from surgery.hub.pull import PullReport
 from surgery.hub.push import PushReport
 from surgery.hub.server.run import NamespaceReport, TokenReport

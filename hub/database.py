@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from surgery.errors import FormatError, OutputError
@@ -20,9 +20,17 @@ _PATIENCE = 60.0
 
 
 class Database:
-    """One object may be used from several threads; each transaction has the connection to itself."""
+    """One object may be used from several threads; each transaction has the connection to itself.
 
-    def __init__(self, path: Path, tables: str, schema: int, create: bool = True) -> None:
+    A schema grows by steps, each a text of statements, or a function where what is there has to be worked on. Its
+    number is how many of them a file has been through; a file of an older version takes the missing ones, in one
+    transaction, when it is opened to write. Steps only add: who only reads an older file finds in it what was there
+    then.
+    """
+
+    def __init__(
+        self, path: Path, steps: Sequence[str | Callable[[sqlite3.Connection], None]], create: bool = True
+    ) -> None:
         self._path = path
         self._mutex = threading.RLock()
         with self._sqlite():
@@ -37,16 +45,20 @@ class Database:
             )
             self._db.execute("PRAGMA foreign_keys = ON")
             self._db.execute("PRAGMA synchronous = FULL")
-            if create and self._version() == 0:
+            if create and self._version() < len(steps):
                 with self._change():
-                    if self._version() == 0:  # another process may have come first
-                        for statement in tables.split(";\n"):
+                    # Another process may have come first.
+                    for step in steps[self._version() :]:
+                        if callable(step):
+                            step(self._db)
+                            continue
+                        for statement in step.split(";\n"):
                             self._db.execute(statement)
-                        self._db.execute(f"PRAGMA user_version = {schema}")
-            if self._version() != schema:
+                    self._db.execute(f"PRAGMA user_version = {max(len(steps), self._version())}")
+            if not 1 <= self._version() <= len(steps):
                 raise FormatError(
-                    f"{path} has schema {self._version()}, expected {schema}; use the version of this tool that made "
-                    "it."
+                    f"{path} has schema {self._version()}, expected {len(steps)}; use the version of this tool that "
+                    "made it."
                 )
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from surgery.errors import InputError, OutputError
+from surgery.hub.index import Index
 from surgery.hub.naming import RepositoryName
 from surgery.hub.xet.recipes import Recipe, StoredXorb
 from surgery.hub.xet.xorbs import XorbIndex
@@ -156,8 +157,8 @@ class Content(Protocol):
         ...
 
 
-class Metadata(Protocol):
-    """Repositories, commits and refs. Each method is one transaction: all of it happens, or nothing."""
+class Metadata(Index, Protocol):
+    """Repositories, commits, refs and their index. Each method is one transaction: all of it happens, or nothing."""
 
     def create(self, name: RepositoryName, kind: str, private: bool, time: int) -> Repository:
         """A new repository without commits. Raises `ConflictError` where one has the name, in any letter case."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -9,12 +10,11 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import FormatError, InputError
-from surgery.hub.database import Database
+from surgery.errors import FormatError, InputError, SurgeryError
 from surgery.hub.interfaces import BRANCHES, Commit, ConflictError, ContentMissingError, FileEntry, Repository
-from surgery.hub.naming import RepositoryName
+from surgery.hub.naming import MAIN, RepositoryName
+from surgery.hub.sqlite_index import SqliteIndex, add_index, index_head, note_weights
 
-SCHEMA = 1
 _TABLES = """
 CREATE TABLE repositories (
     id INTEGER PRIMARY KEY,
@@ -57,13 +57,22 @@ CREATE TABLE contents (
 CREATE INDEX contents_by_size ON contents (size);
 CREATE INDEX contents_by_tree ON contents (tree);
 """
+STEPS = (_TABLES, add_index)
 
 
-class SqliteMetadata(Database):
+class SqliteMetadata(SqliteIndex):
     """See the module. One object may be used from several threads; each transaction has the connection to itself."""
 
     def __init__(self, path: Path, create: bool = True) -> None:
-        super().__init__(path, _TABLES, SCHEMA, create)
+        super().__init__(path, STEPS, create)
+        if not create:
+            self._bring_up_to_date()
+
+    def _bring_up_to_date(self) -> None:
+        """Give an older file the index if whoever only reads it may write to it too."""
+        if not self.has_index():
+            with contextlib.suppress(SurgeryError):
+                SqliteMetadata(self._path).close()
 
     # Repositories -----------------------------------------------------------------------------------------------------
 
@@ -77,6 +86,7 @@ class SqliteMetadata(Database):
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
                 row,
             )
+            self._remember(db, self._id(name, kind), name, kind)
             return Repository(name, kind, private, time, time)
 
     def _row(self, name: RepositoryName, kind: str) -> Any:
@@ -122,6 +132,12 @@ class SqliteMetadata(Database):
                 raise ConflictError(f"There is a {kind} called {_repository(found).name} already.")
             row = (new.namespace, new.name, new.key, number)
             db.execute("UPDATE repositories SET namespace = ?, name = ?, key = ? WHERE id = ?", row)
+            self._remember(db, number, new, kind)
+
+    def _remember(self, db: sqlite3.Connection, number: int, name: RepositoryName, kind: str) -> None:
+        """Let a name mean a repository from now on. Those that it had go on meaning it until another takes them."""
+        values = (kind, name.key, number)
+        db.execute("INSERT OR REPLACE INTO names (kind, key, repository) VALUES (?, ?, ?)", values)
 
     def set_private(self, name: RepositoryName, kind: str, private: bool) -> None:
         with self._change() as db:
@@ -168,10 +184,14 @@ class SqliteMetadata(Database):
             raise ConflictError(f"{ref} of {name} is at {found or 'no commit'}, expected {expected or 'no commit'}.")
         if commit is None:
             db.execute("DELETE FROM refs WHERE repository = ? AND name = ?", (number, ref))
+            if ref == BRANCHES + MAIN:
+                index_head(db, number)
             return
         if db.execute("SELECT 1 FROM commits WHERE repository = ? AND id = ?", (number, commit)).fetchone() is None:
             raise InputError(f"{name} has no commit {commit}.")
         db.execute("INSERT OR REPLACE INTO refs (repository, name, target) VALUES (?, ?, ?)", (number, ref, commit))
+        if ref == BRANCHES + MAIN:
+            index_head(db, number)
 
     def commit(
         self,
@@ -201,6 +221,7 @@ class SqliteMetadata(Database):
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (number, commit.id, commit.parent, commit.tree, commit.message, commit.time, facts),
             )
+            note_weights(db, number, commit.facts)
             self._move(db, number, name, BRANCHES + branch, expected, commit.id)
             db.execute("UPDATE repositories SET updated = ? WHERE id = ?", (commit.time, number))
 
@@ -249,6 +270,7 @@ class SqliteMetadata(Database):
             ]
             for sha256 in found:
                 remove(sha256)
+                db.execute("DELETE FROM tensor_hashes WHERE sha256 = ?", (sha256,))
             return found
 
     def trees(self) -> Collection[str]:

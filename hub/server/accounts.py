@@ -14,7 +14,6 @@ from surgery.hub.naming import RepositoryName
 from surgery.hub.server.interfaces import Accounts, ChunkIndex, Identity, Namespace
 from surgery.hub.xet.recipes import Recipe
 
-SCHEMA = 1
 _TABLES = """
 CREATE TABLE namespaces (
     key TEXT PRIMARY KEY,         -- in lower case
@@ -70,7 +69,7 @@ class SqliteAccounts(Database):
     """Both interfaces of `interfaces.py`, in one file."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, _TABLES, SCHEMA)
+        super().__init__(path, (_TABLES,))
         with self._sqlite():
             # Readers and the writer do not wait for each other; nobody reads this file without the right to write it.
             self._db.execute("PRAGMA journal_mode = WAL")

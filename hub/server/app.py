@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from surgery.errors import OutputError, SurgeryError
-from surgery.hub.server import cas, commits, copies, files, lfs, repos
+from surgery.hub.server import cas, commits, copies, family, files, lfs, listing, repos
 from surgery.hub.server.hub import Call, Hub, identify
 from surgery.hub.server.web import HttpError, json_response, unquoted
 
@@ -56,6 +56,8 @@ _VERBS: dict[tuple[str, str], tuple[Handler, int, int]] = {
     ("GET", "auth-check"): (repos.auth_check, 0, 1),
     ("POST", "duplicate"): (copies.duplicate, 0, 0),
     ("POST", "lfs-files"): (_lfs_files, 1, 1),
+    ("GET", "lineage"): (family.lineage, 0, 0),
+    ("GET", "fits"): (family.fits, 0, 0),
     ("GET", "xet-read-token"): (cas.give_token, 1, 1),
     ("GET", "xet-write-token"): (cas.give_token, 1, 1),
 }
@@ -114,7 +116,7 @@ async def _api(call: Call, parts: tuple[str, ...]) -> Response:
     if len(parts) == 1:
         if method != "GET":
             raise HttpError(405, _NOWHERE)
-        return await repos.listing(Call(call.hub, call.request, call.identity, kind))
+        return await listing.listing(Call(call.hub, call.request, call.identity, kind))
     # A name alone if a word with a meaning follows; else a name of two parts.
     length = 1 if len(parts) > 2 and parts[2] in repos.RESERVED else 2
     name = "/".join(unquoted(part) for part in parts[1 : 1 + length])

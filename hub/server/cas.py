@@ -151,7 +151,8 @@ async def _take_shard(hub: Hub, request: Request, grant: Grant) -> Response:
     data = await whole_body(request, MAX_SHARD)
     with _refused(hub):
         async with hub.parsing:
-            await run_in_threadpool(register, hub.content, hub.index, data, grant.visible, grant.holders)
+            note = hub.metadata.keep_tensor_hashes
+            await run_in_threadpool(register, hub.content, hub.index, data, grant.visible, grant.holders, note)
     return json_response({"result": 1})
 
 

@@ -14,11 +14,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from surgery.errors import InputError, SurgeryError
-from surgery.hub.examining import examine
-from surgery.hub.interfaces import ConflictError, Content, ContentMissingError, FileEntry
+from surgery.hub.facts import stored_facts
+from surgery.hub.interfaces import ConflictError, ContentMissingError, FileEntry
 from surgery.hub.naming import MAIN, check_branch, check_paths, why_not_a_path
 from surgery.hub.parcel import LFS_FROM, is_lfs
-from surgery.hub.server.content_folder import ContentFolder
 from surgery.hub.server.front_matter import parse
 from surgery.hub.server.hub import Call
 from surgery.hub.server.web import HttpError, json_body, json_response, pieces, text_of, unquoted
@@ -282,7 +281,7 @@ def _commit(call: Call, branch: str, draft: Draft) -> Revision:
         files = applied(draft.operations, head.files if head is not None else ())
         if head is not None and list(head.files) == files:
             return head
-        facts = describe(call.hub.content, files, str(found.name)) if kind == "model" else {}
+        facts = stored_facts(call.hub.content, call.hub.metadata, files, str(found.name), kind)
         expected = head.commit.id if head is not None else None
         try:
             commit = registry.commit(found.name, branch, expected, files, draft.message, facts, kind)
@@ -290,13 +289,7 @@ def _commit(call: Call, branch: str, draft: Draft) -> Revision:
             continue
         except ContentMissingError:
             raise HttpError(409, "Content of the commit was removed meanwhile; upload it again.") from None
+        if kind == "model":
+            call.hub.completer.take_unhashed(found.name, commit.id, files)
         return Revision(found, commit, tuple(files))
     raise HttpError(503, "The branch keeps moving; try again.", headers={"Retry-After": "1"})
-
-
-def describe(content: Content, files: Sequence[FileEntry], name: str) -> Mapping[str, object]:
-    """What the files are, from their headers and configs; nothing where they are no model or do not hold together."""
-    try:
-        return examine(ContentFolder(content, files, name)).facts
-    except SurgeryError:
-        return {}

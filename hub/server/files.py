@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from urllib.parse import parse_qs
 
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from surgery.hub.interfaces import Commit, FileEntry
+from surgery.hub.index import ModelQuery, made_from
+from surgery.hub.interfaces import Commit, FileEntry, Repository
 from surgery.hub.server import describing
 from surgery.hub.server.hub import Call
 from surgery.hub.server.web import HttpError, json_response, page, parse_range, stream, unquoted, whole_body
@@ -54,7 +55,7 @@ async def resolve(call: Call) -> Response:
 async def info(call: Call) -> Response:
     """`GET /api/models/{id}` and `/api/models/{id}/revision/{revision}`."""
     query = parse_qs(call.request.url.query)
-    blobs = _is_set(query.get("blobs"))
+    blobs, expand = _is_set(query.get("blobs")), query.get("expand", [])
 
     def describe() -> dict[str, object]:
         found = call.repository()
@@ -62,9 +63,24 @@ async def info(call: Call) -> Response:
             head: Revision | None = call.revision(unquoted(call.rest[0]))
         else:
             head = call.hub.registry.head(found.name, "main", found.kind)
-        return describing.repository(found, head, call.hub.content, blobs)
+        described = describing.repository(found, head, call.hub.content, blobs)
+        return expanded(call, found, described, expand) if expand else described
 
     return json_response(await run_in_threadpool(describe))
+
+
+def expanded(
+    call: Call, found: Repository, described: Mapping[str, object], expand: Sequence[str]
+) -> dict[str, object]:
+    """Only the properties that are asked for; two of them are counted or looked up only then."""
+    more = dict(described)
+    facts = described.get("facts")
+    if "baseModels" in expand:
+        more["baseModels"] = describing.bases(facts if isinstance(facts, dict) else {})
+    if "childrenModelCount" in expand:
+        made = made_from(call.hub.metadata, found.name, call.reader)
+        more["childrenModelCount"] = call.hub.metadata.count(ModelQuery(made_from=(made,)), call.reader)
+    return {key: more[key] for key in ("_id", "id", *expand) if key in more}
 
 
 def _is_set(values: list[str] | None) -> bool:

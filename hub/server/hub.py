@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
+from surgery.hub.index import ANYBODY, Reader
 from surgery.hub.interfaces import Content, Metadata, Repository
 from surgery.hub.naming import RepositoryName, why_not_a_repository
-from surgery.hub.server.interfaces import Accounts, ChunkIndex, Identity
+from surgery.hub.server.completing import Completer
+from surgery.hub.server.interfaces import ADMIN, Accounts, ChunkIndex, Identity
 from surgery.hub.server.signing import Signer
 from surgery.hub.server.web import HttpError
 from surgery.hub.store import Registry, Revision
@@ -37,6 +40,11 @@ class Hub:
     signer: Signer
     url: str | None = None
     parsing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_PARSED_AT_ONCE))
+
+    @cached_property
+    def completer(self) -> Completer:
+        """What examines commits after they were made."""
+        return Completer(self.registry)
 
     @property
     def content(self) -> Content:
@@ -94,6 +102,12 @@ class Call:
         if not self.may_read(found):
             raise self.no_repository()
         return found
+
+    @property
+    def reader(self) -> Reader:
+        """The same person, as the index asks for one."""
+        user = self.identity
+        return ANYBODY if user is None else Reader(user.role == ADMIN, user.holders, user.repository)
 
     def may_read(self, repository: Repository) -> bool:
         return not repository.private if self.identity is None else self.identity.may_read(repository)

@@ -10,18 +10,26 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 
 from surgery.errors import FormatError, InputError, IntegrityError
 from surgery.hub.interfaces import Content
+from surgery.hub.passing import PassingTensors
 from surgery.hub.server.interfaces import ChunkIndex
 from surgery.hub.xet import hashes
 from surgery.hub.xet.recipes import AssembledSource, Recipe
 from surgery.hub.xet.shards import ShardFile, read_files
 
+Note = Callable[[Mapping[str, Mapping[str, str]]], None]
+
 
 def register(
-    content: Content, index: ChunkIndex, data: bytes, visible: Collection[str], holders: Collection[str]
+    content: Content,
+    index: ChunkIndex,
+    data: bytes,
+    visible: Collection[str],
+    holders: Collection[str],
+    note: Note,
 ) -> None:
     """Take in a shard. Raises `FormatError`, `InputError` or `IntegrityError`, and keeps what came before.
 
@@ -31,13 +39,19 @@ def register(
         data: the shard.
         visible: the namespaces whose xorbs may be referred to.
         holders: the namespaces that have the files from now on.
+        note: told the hashes of the tensors of safetensors files, which are taken in passing.
     """
     for file in read_files(data):
-        _register(content, index, file, visible, holders)
+        _register(content, index, file, visible, holders, note)
 
 
 def _register(
-    content: Content, index: ChunkIndex, file: ShardFile, visible: Collection[str], holders: Collection[str]
+    content: Content,
+    index: ChunkIndex,
+    file: ShardFile,
+    visible: Collection[str],
+    holders: Collection[str],
+    note: Note,
 ) -> None:
     name = hashes.text(file.digest)
     if file.sha256 is None or len(file.proofs) != len(file.terms):
@@ -61,7 +75,7 @@ def _register(
     recipe = Recipe(sha256, file.digest, file.terms)
     known = content.recipe(sha256)
     if known is None or known.digest != file.digest:
-        if _sha256(content, recipe) != sha256:
+        if _sha256(content, recipe, note) != sha256:
             raise IntegrityError(f"File {name} of the shard does not have the SHA-256 {sha256}.")
         content.keep_recipe(recipe)
     else:
@@ -72,15 +86,17 @@ def _register(
     index.add_file(recipe, holders, asked_for)
 
 
-def _sha256(content: Content, recipe: Recipe) -> str:
-    """The SHA-256 of a file put together; one thread unpacks and another hashes."""
+def _sha256(content: Content, recipe: Recipe, note: Note) -> str:
+    """The SHA-256 of a file put together; one thread unpacks and another hashes, the file and its tensors."""
     source = AssembledSource(hashes.text(recipe.digest), recipe, content.open_xorb)
     hasher = hashlib.sha256()
+    tensors = PassingTensors(source.size)
     waiting: queue.Queue[bytes | memoryview | None] = queue.Queue(64)
 
     def hash_all() -> None:
         while (block := waiting.get()) is not None:
             hasher.update(block)
+            tensors.update(block)
 
     thread = threading.Thread(target=hash_all, name="sha256")
     thread.start()
@@ -90,4 +106,6 @@ def _sha256(content: Content, recipe: Recipe) -> str:
     finally:
         waiting.put(None)
         thread.join()
+    if hasher.hexdigest() == recipe.sha256 and (found := tensors.hashes) is not None:
+        note({recipe.sha256: found})
     return hasher.hexdigest()

@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from surgery.errors import SurgeryError
-from surgery.hub.interfaces import BRANCHES, TAGS, ConflictError, Repository
+from surgery.hub.interfaces import BRANCHES, TAGS, ConflictError
 from surgery.hub.naming import MAIN, RepositoryName, check_branch, parse_repository
 from surgery.hub.server import describing
 from surgery.hub.server.files import next_page
@@ -25,7 +25,7 @@ KINDS = ("model", "dataset")
 RESERVED = frozenset({
     "revision", "tree", "paths-info", "refs", "branch", "tag", "commits", "preupload", "commit", "settings", "resolve",
     "auth-check", "xet-read-token", "xet-write-token", "duplicate", "lfs-files", "super-squash", "discussions", "raw",
-    "blob", "compare",
+    "blob", "compare", "lineage", "fits",
 })  # fmt: skip
 _FIRST = "initial commit"
 _COMMITS = 100
@@ -168,66 +168,7 @@ async def auth_check(call: Call) -> Response:
     return json_response({})
 
 
-# Lists ----------------------------------------------------------------------------------------------------------------
-
-
-async def listing(call: Call) -> Response:
-    """`GET /api/models`: all that may be seen and that fit the filters, page by page."""
-    query = parse_qs(call.request.url.query)
-    search = query.get("search", [""])[-1].lower()
-    author = query.get("author", [""])[-1].lower()
-    filters = [part for value in query.get("filter", []) for part in value.split(",") if part]
-    order = query.get("sort", ["lastModified"])[-1]
-    full = any(query.get(name, ["0"])[-1].lower() in ("1", "true") for name in ("full", "cardData", "config"))
-    expand = query.get("expand", [])
-    begin, limit = page(query)
-
-    def find() -> tuple[list[dict[str, object]], bool]:
-        repositories = [
-            repository
-            for repository in call.hub.metadata.repositories(call.kind)
-            if call.may_read(repository)
-            and search in repository.name.key
-            and (not author or repository.name.namespace.lower() == author)
-        ]
-        by = {"createdAt": lambda r: r.created, "lastModified": lambda r: r.updated}.get(order)
-        if by is not None:
-            repositories.sort(key=by, reverse=query.get("direction", ["-1"])[-1] != "1")
-        found: list[dict[str, object]] = []
-        seen = 0
-        for repository in repositories:
-            described = _listed(call, repository)
-            if not _fits(described, filters, query):
-                continue
-            seen += 1
-            if begin < seen <= begin + limit:
-                found.append(described)
-            if seen > begin + limit:
-                break
-        return [_short(item, full, expand) for item in found], seen > begin + limit
-
-    items, more = await run_in_threadpool(find)
-    return json_response(items, headers=next_page(call, begin + limit) if more else None)
-
-
-def _listed(call: Call, found: Repository) -> dict[str, object]:
-    head = call.hub.registry.head(found.name, MAIN, found.kind)
-    return describing.repository(found, head, call.hub.content, blobs=False)
-
-
-def _fits(described: Mapping[str, object], filters: list[str], query: Mapping[str, list[str]]) -> bool:
-    tags = described["tags"]
-    assert isinstance(tags, list)
-    known = {*tags, described.get("library_name"), described.get("pipeline_tag")}
-    wanted = [*filters, *query.get("pipeline_tag", []), *query.get("library", [])]
-    return all(value in known for value in wanted)
-
-
-def _short(described: Mapping[str, object], full: bool, expand: list[str]) -> dict[str, object]:
-    if expand:
-        return {key: described[key] for key in ("_id", "id", *expand) if key in described}
-    left_out = set() if full else {"siblings", "cardData", "usedStorage"}
-    return {key: value for key, value in described.items() if key not in left_out}
+# History --------------------------------------------------------------------------------------------------------------
 
 
 async def commits(call: Call) -> Response:

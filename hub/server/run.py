@@ -75,7 +75,9 @@ def serve(options: ServeOptions, ready: Callable[[Started], None]) -> None:
     try:
         token = _first_start(accounts)
         signer = Signer(load_key(options.data / "server.key"))
-        app = App(Hub(registry, accounts, accounts, signer, options.url.rstrip("/") if options.url else None))
+        hub = Hub(registry, accounts, accounts, signer, options.url.rstrip("/") if options.url else None)
+        hub.completer.take_outdated()
+        app = App(hub)
         config = uvicorn.Config(
             app,
             http="h11",  # with a limit on headers, which httptools has not

@@ -15,7 +15,7 @@ from surgery.ops.directory import head_tied_to
 from surgery.ops.exact_record import exact_bytes
 from surgery.ops.record import has_record
 from surgery.provenance import read_provenance
-from surgery.sites import find_sites, memory_names, vocabulary_of
+from surgery.sites import Site, find_sites, memory_names, vocabulary_of
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, tensors: bool = False) -> Checkpo
         dtypes={name: Share.of(found) for name, found in sorted(dtypes.items())},
         files={name: checkpoint.folder.open(name).size for name in checkpoint.weights.names},
         tied_head=None if tied is None else tied.name,
-        experts=_experts(checkpoint),
+        experts=experts_of(checkpoint, find_sites(checkpoint)),
         origin=_origin(checkpoint),
         reversible=has_record(checkpoint),
         left_behind=checkpoint.left_behind,
@@ -224,8 +224,9 @@ def _tensors(checkpoint: Checkpoint) -> tuple[TensorSummary, ...]:
     )
 
 
-def _experts(checkpoint: Checkpoint) -> Experts | None:
-    stacks = [site for site in find_sites(checkpoint).values() if len(site.matrices) > 1]
+def experts_of(checkpoint: Checkpoint, sites: Mapping[str, Site]) -> Experts | None:
+    """The experts of a checkpoint whose sites are known; None where it has none."""
+    stacks = [site for site in sites.values() if len(site.matrices) > 1]
     numbered = [(layer_of(name), expert_of(name)) for name in checkpoint.tensors if expert_of(name) is not None]
     if not stacks and not numbered:
         return None

@@ -48,6 +48,7 @@ class Repository:
     gated: bool = False
     private: bool = False
     messages: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
 
     def commit(self, files: dict[str, bytes], branch: str = "main", message: str = "") -> str:
         described = json.dumps([[name, hashlib.sha256(data).hexdigest()] for name, data in sorted(files.items())])
@@ -140,9 +141,10 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/validate-yaml":
             return self.json({"errors": [], "warnings": []})
         if path == "/api/models":
-            return self.json(
-                [{"id": name, "lastModified": "2026-01-02T03:04:05.000Z"} for name in self.hub.repositories]
-            )
+            wanted = set(parse_qs(urlsplit(self.path).query).get("filter", []))
+            time = "2026-01-02T03:04:05.000Z"
+            found = [(name, one.tags) for name, one in self.hub.repositories.items() if wanted <= set(one.tags)]
+            return self.json([{"id": name, "lastModified": time, "tags": tags} for name, tags in found])
         if match := re.fullmatch(r"/objects/([0-9a-f]{64})", path):
             self.hub.objects[match[1]] = self.body
             return self.answer(200)
@@ -185,7 +187,9 @@ class _Handler(BaseHTTPRequestHandler):
                 if path.endswith(".safetensors"):
                     item["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
             siblings.append(item)
-        return self.json({"id": name, "sha": sha, "siblings": siblings, "private": repository.private, "tags": []})
+        return self.json(
+            {"id": name, "sha": sha, "siblings": siblings, "private": repository.private, "tags": repository.tags}
+        )
 
     def refs(self, name: str) -> None:
         if (repository := self.found(name)) is not None:

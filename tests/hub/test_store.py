@@ -208,7 +208,7 @@ def test_a_database_of_another_schema_is_refused(registry: Registry) -> None:
     with sqlite3.connect(registry.root / "registry.sqlite") as db:
         db.execute("PRAGMA user_version = 9")
     db.close()
-    with pytest.raises(FormatError, match=r"has schema 9, expected 1; use the version of this tool that made it\.$"):
+    with pytest.raises(FormatError, match=r"has schema 9, expected 2; use the version of this tool that made it\.$"):
         open_registry()
 
 
