@@ -90,7 +90,7 @@ def sort_out(lines: Sequence[Line], model: Any, subject: EvalSubject) -> tuple[l
                 plain = [lora for lora in source.adapter.loras if not lora.depth and ".experts." not in lora.module]
                 check_modules(source.adapter, plain, model)
             reason = reason or alone_by_model(source.adapter, model)
-            notes += other_base(subject.checkpoint, source.adapter)
+        notes += other_base(subject.checkpoint, source)
         if not subject.has_head and not brings_head(stored_names(source), model):
             raise InputError(f"Neither {subject.checkpoint.label} nor {source.label} has a head for classes.")
         kept.append(replace(line, reason=reason))

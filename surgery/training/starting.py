@@ -7,10 +7,10 @@ from pathlib import Path
 
 from surgery.adapter import read_adapter
 from surgery.checkpoint import Checkpoint, read_adapter_files, read_foreign_adapter
-from surgery.errors import InputError
+from surgery.errors import InputError, MismatchError
 from surgery.folder import LocalFolder
 from surgery.ops.fitting import fit
-from surgery.ops.kinship import refuse_by_probe
+from surgery.ops.kinship import note_other_base, refuse_by_probe
 from surgery.provenance import Input
 from surgery.training.methods.folders import SETTINGS, TENSORS
 
@@ -58,6 +58,8 @@ def start_on(place: Path, base: Checkpoint, any_base: bool) -> Start:
         changes = fit(checkpoint, [adapter])
         if not any_base:
             refuse_by_probe(checkpoint, [adapter], changes)
+    elif not any_base and (other := note_other_base(checkpoint, files)):
+        raise MismatchError(other[0].removesuffix(".") + "; --any-base takes it all the same.")
     return Start(checkpoint, place, files)
 
 

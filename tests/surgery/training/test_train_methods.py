@@ -217,6 +217,22 @@ def test_training_on_with_another_base_or_other_options(base: Path, data: Path, 
         making.run(base, data, tmp_path / "out2", base=base, **HOW)
 
 
+@pytest.mark.parametrize("method", ["prompt", "adapter-h"])
+def test_what_is_no_lora_is_held_against_its_base_too(method: str, base: Path, data: Path, tmp_path: Path) -> None:
+    """By what its surgery.json has on record: refused to train on, noted where it is evaluated."""
+    making.run(base, data, tmp_path / "first", method=method, **HOW)
+    other = tmp_path / "other"
+    tensors = load_file(base / "model.safetensors")
+    making.checkpoint(other, "gpt2")
+    save_file({name: tensor + 0.1 for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MismatchError, match=r"was made from another base than .*; --any-base takes it all the same\.$"):
+        making.run(tmp_path / "first", data, tmp_path / "out", base=other, **HOW)
+    for place, noted in ((base, 0), (other, 1)):
+        report = surgery.evaluate(place, data=data, adapters=[tmp_path / "first"], device="cpu", dry_run=True)
+        notes = [note for note in report.notes if "was made from another base than" in note]
+        assert len(notes) == noted
+
+
 def test_another_kind_of_adapter_is_not_trained_on(base: Path, data: Path, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     config = peft.IA3Config(
