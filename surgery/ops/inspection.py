@@ -109,6 +109,7 @@ class AdapterReport:
     """What an adapter is.
 
     Attributes:
+        method: `LORA`, PEFT's name of another type, or the name of a method that PEFT does not have.
         ranks: how many modules have each rank; of stacked experts, the rank of one.
         alpha: the config's `lora_alpha`.
         targets: last components of the modules' names, with how many modules each.
@@ -132,6 +133,7 @@ class AdapterReport:
     origin: Origin | None
     tensors: tuple[TensorSummary, ...] = ()
     exact_bytes: int | None = None
+    method: str = "LORA"
     kind: str = field(default="adapter", kw_only=True)
 
     def as_dict(self) -> dict[str, object]:
@@ -185,9 +187,6 @@ def inspect_adapter(adapter: Adapter, tensors: bool = False) -> AdapterReport:
         "alpha_pattern": config.get("alpha_pattern"),
         "replaced token rows": adapter.tokens,
     }
-    dtypes: dict[str, list[StoredTensor]] = {}
-    for tensor in files.tensors.values():
-        dtypes.setdefault(tensor.dtype.name, []).append(tensor)
     ranks = Counter(_rank(adapter, lora) for lora in adapter.loras)
     targets = Counter(lora.module.rpartition(".")[2] for lora in adapter.loras)
     base, task = config.get("base_model_name_or_path"), config.get("task_type")
@@ -202,11 +201,48 @@ def inspect_adapter(adapter: Adapter, tensors: bool = False) -> AdapterReport:
         targets=dict(sorted(targets.items())),
         variants=tuple(name for name, value in found.items() if value),
         saved=tuple(adapter.saved),
-        dtypes={name: Share.of(held) for name, held in sorted(dtypes.items())},
+        dtypes=_by_dtype(files),
         origin=_origin(files),
         tensors=_tensors(files) if tensors else (),
         exact_bytes=exact_bytes(adapter),
     )
+
+
+def inspect_beside(files: Checkpoint, tensors: bool = False) -> AdapterReport:
+    """Describe what is trained beside a base and has no factors: prompts, prefixes, and methods of our own."""
+    config = files.config
+    base, task, method = (config.get(name) for name in ("base_model_name_or_path", "task_type", "method"))
+    virtual, rank = config.get("num_virtual_tokens"), config.get("rank")
+    particulars = {f"{virtual} virtual tokens": virtual, f"bottleneck of {rank}": rank}
+    return AdapterReport(
+        label=files.label,
+        base=base if isinstance(base, str) else None,
+        task=task if isinstance(task, str) else None,
+        total=Share.of(list(files.tensors.values())),
+        modules=0,
+        ranks={},
+        alpha=None,
+        targets={},
+        variants=tuple(text for text, value in particulars.items() if isinstance(value, int)),
+        saved=(),
+        dtypes=_by_dtype(files),
+        origin=_origin(files),
+        tensors=_tensors(files) if tensors else (),
+        method=str(config.get("peft_type") or method),
+    )
+
+
+def is_beside(files: Checkpoint) -> bool:
+    """Whether that is what lies in a folder, by its settings."""
+    kind = files.config.get("peft_type")
+    return kind not in (None, "LORA") or "surgery_method.json" in files.folder.names()
+
+
+def _by_dtype(files: Checkpoint) -> dict[str, Share]:
+    dtypes: dict[str, list[StoredTensor]] = {}
+    for tensor in files.tensors.values():
+        dtypes.setdefault(tensor.dtype.name, []).append(tensor)
+    return {name: Share.of(held) for name, held in sorted(dtypes.items())}
 
 
 def _rank(adapter: Adapter, lora: Lora) -> int:

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 import surgery
 from surgery.cli.main import run
 from surgery.errors import InputError, MismatchError, OptionError, UnsupportedError
+from surgery.ops.inspection import AdapterReport
 from surgery.training.batches import Schedule, text_batch
 from surgery.training.examples import Examples, hold_out, text_examples
 from surgery.training.methods import load_method
@@ -215,6 +216,28 @@ def test_training_on_with_another_base_or_other_options(base: Path, data: Path, 
         making.run(tmp_path / "first", data, tmp_path / "out2", base=base, rank=3, **HOW)
     with pytest.raises(OptionError, match=r"^--base is for an adapter that is trained on, and .* is none\.$"):
         making.run(base, data, tmp_path / "out2", base=base, **HOW)
+
+
+@pytest.mark.parametrize(
+    ("method", "called", "particulars", "tensors"),
+    [
+        ("prompt", "PROMPT_TUNING", ("5 virtual tokens",), 1),
+        ("prefix", "PREFIX_TUNING", ("5 virtual tokens",), 1),
+        ("adapter-h", "adapter-h", ("bottleneck of 3",), 16),
+    ],
+)
+def test_what_is_no_lora_is_described(
+    method: str, called: str, particulars: tuple[str, ...], tensors: int, base: Path, data: Path, tmp_path: Path
+) -> None:
+    size = {"rank": 3} if method == "adapter-h" else {"prompt_tokens": 5}
+    making.run(base, data, tmp_path / "made", method=method, **size, **HOW)
+    report = surgery.inspect(tmp_path / "made", tensors=True)
+    assert isinstance(report, AdapterReport)
+    assert (report.method, report.variants, report.modules) == (called, particulars, 0)
+    assert report.total.tensors == len(report.tensors) == tensors
+    assert report.base == "model"
+    assert report.origin is not None
+    assert report.origin.operation == "train"
 
 
 @pytest.mark.parametrize("method", ["prompt", "adapter-h"])
