@@ -106,11 +106,20 @@ EXPECTED: dict[str, tuple[list[str], list[str]]] = {
         [f"wall time against cp -r, sync, SHA-256, surgery {name}" for name in ("push", "pull")],
     ),
     "training": (
-        [f"{name}, {method}, tiny" for method in METHODS for name in ("surgery.train", "transformers Trainer")],
         [
-            f"{what}, {method}, tiny, against transformers Trainer"
+            f"{name}, {method}, tiny"
             for method in METHODS
-            for what in ("tokens a second", "tokens a second of processor", "largest difference of 20 losses")
+            for name in ("surgery.train", "surgery.train, resumed", "transformers Trainer")
+        ],
+        [
+            figure
+            for method in METHODS
+            for figure in (
+                f"losses of 20 with other bits after a stop, {method}, tiny",
+                f"tokens a second, {method}, tiny, against transformers Trainer",
+                f"tokens a second of processor, {method}, tiny, against transformers Trainer",
+                f"largest difference of 20 losses, {method}, tiny, against transformers Trainer",
+            )
         ],
     ),
     "mixed": (
