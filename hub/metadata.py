@@ -6,13 +6,24 @@ import contextlib
 import json
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 from surgery.errors import FormatError, InputError, SurgeryError
-from surgery.hub.interfaces import BRANCHES, Commit, ConflictError, ContentMissingError, FileEntry, Repository
+from surgery.hub.interfaces import (
+    BRANCHES,
+    PULLS,
+    Commit,
+    ConflictError,
+    ContentMissingError,
+    FileEntry,
+    Repository,
+    Rewriting,
+    full_ref,
+)  # fmt: skip
 from surgery.hub.naming import MAIN, RepositoryName
+from surgery.hub.sqlite_community import COMMUNITY
+from surgery.hub.sqlite_history import commit_of, forget_unreachable, record, rewrite_all
 from surgery.hub.sqlite_index import SqliteIndex, add_index, index_head, note_weights
 
 _TABLES = """
@@ -57,7 +68,7 @@ CREATE TABLE contents (
 CREATE INDEX contents_by_size ON contents (size);
 CREATE INDEX contents_by_tree ON contents (tree);
 """
-STEPS = (_TABLES, add_index)
+STEPS = (_TABLES, add_index, COMMUNITY)
 
 
 class SqliteMetadata(SqliteIndex):
@@ -152,6 +163,23 @@ class SqliteMetadata(SqliteIndex):
             ).fetchall()
         return [_repository(row) for row in rows]
 
+    def used(self, namespace: str, more: Mapping[str, int]) -> int:
+        inside = (
+            "FROM contents c JOIN commits USING (tree) JOIN repositories r ON r.id = commits.repository "
+            "WHERE lower(r.namespace) = ?"
+        )
+        with self._look() as db:
+            (total,) = db.execute(
+                f"SELECT COALESCE(SUM(size), 0) FROM (SELECT DISTINCT c.sha256, c.size {inside})", (namespace.lower(),)
+            ).fetchone()
+            query = f"SELECT 1 {inside} AND c.sha256 = ? LIMIT 1"
+            new = [
+                size
+                for sha256, size in more.items()
+                if db.execute(query, (namespace.lower(), sha256)).fetchone() is None
+            ]
+        return int(total) + sum(new)
+
     # Refs and commits -------------------------------------------------------------------------------------------------
 
     def refs(self, name: RepositoryName, kind: str = "model") -> Mapping[str, str]:
@@ -209,21 +237,22 @@ class SqliteMetadata(SqliteIndex):
                 raise ContentMissingError(
                     f"{len(absent)} files of the commit to {name} are not stored.", sorted(absent)
                 )
-            added = db.execute(
-                "INSERT OR IGNORE INTO trees (id, entries) VALUES (?, ?)", (commit.tree, encode_tree(files))
-            )
-            if added.rowcount:
-                rows = {(entry.sha256, commit.tree, entry.size) for entry in files}
-                db.executemany("INSERT INTO contents (sha256, tree, size) VALUES (?, ?, ?)", sorted(rows))
-            facts = json.dumps(commit.facts, sort_keys=True)
-            db.execute(
-                "INSERT OR IGNORE INTO commits (repository, id, parent, tree, message, time, facts) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (number, commit.id, commit.parent, commit.tree, commit.message, commit.time, facts),
-            )
-            note_weights(db, number, commit.facts)
-            self._move(db, number, name, BRANCHES + branch, expected, commit.id)
+            record(db, number, commit, files)
+            if not branch.startswith(PULLS):  # what a stranger proposes says nothing of the repository
+                note_weights(db, number, commit.facts)
+            self._move(db, number, name, full_ref(branch), expected, commit.id)
             db.execute("UPDATE repositories SET updated = ? WHERE id = ?", (commit.time, number))
+
+    def rewrite(self, name: RepositoryName, kind: str, change: Rewriting) -> Collection[str]:
+        with self._change() as db:
+            number = self._id(name, kind)
+            contents = rewrite_all(db, number, change)
+            index_head(db, number)
+            return contents
+
+    def prune(self, name: RepositoryName, kind: str = "model") -> int:
+        with self._change() as db:
+            return forget_unreachable(db, self._id(name, kind))
 
     def history(self, name: RepositoryName, commit: str, kind: str = "model") -> Iterator[Commit]:
         following: str | None = commit
@@ -235,7 +264,7 @@ class SqliteMetadata(SqliteIndex):
                 ).fetchone()
             if row is None:
                 raise InputError(f"{name} has no commit {following}.")
-            found = _commit(row)
+            found = commit_of(row)
             yield found
             following = found.parent
 
@@ -246,7 +275,7 @@ class SqliteMetadata(SqliteIndex):
                 "WHERE repository = ? AND id >= ? AND id < ? LIMIT 2",
                 (self._id(name, kind), prefix, prefix + "g"),
             ).fetchall()
-        return _commit(rows[0]) if len(rows) == 1 else None
+        return commit_of(rows[0]) if len(rows) == 1 else None
 
     def files(self, tree: str) -> Sequence[FileEntry]:
         with self._look() as db:
@@ -279,16 +308,6 @@ class SqliteMetadata(SqliteIndex):
             return {tree for (tree,) in db.execute("SELECT id FROM trees").fetchall()}
 
 
-def encode_tree(files: Sequence[FileEntry]) -> str:
-    """The canonical text of a tree, whose SHA-256 is its id."""
-    return json.dumps([astuple(entry) for entry in files], ensure_ascii=True, separators=(",", ":"))
-
-
 def _repository(row: Any) -> Repository:
     _, kind, namespace, name, private, created, updated = row
     return Repository(RepositoryName(namespace, name), kind, bool(private), created, updated)
-
-
-def _commit(row: Any) -> Commit:
-    identity, parent, tree, message, time, facts = row
-    return Commit(identity, parent, tree, message, time, json.loads(facts))

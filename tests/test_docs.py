@@ -21,7 +21,7 @@ from surgery.analysis import report as analysis
 from surgery.cli.main import COMMANDS
 from surgery.evaluation import report as evaluation
 from surgery.hub import account, browsing, listing, pull, push, reindexing
-from surgery.hub.server import run as serving
+from surgery.hub.server import administration as serving
 from surgery.ops import inspection, lint, verify
 from surgery.training import estimate
 from surgery.training import report as training

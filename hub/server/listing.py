@@ -57,12 +57,14 @@ async def listing(call: Call) -> Response:
                 asked = replace(asked, shapes=shapes_of(base))
             except InputError as error:
                 raise HttpError(400, error.message) from None
-        if _one(query, "gated").lower() in ("1", "true"):
-            return [], False, size  # there is none here
         found = index.select(replace(asked, begin=begin, limit=size + 1), reader)
         entries = list(found[:size])
         if fitted:
             entries = [entry for entry in entries if does_fit(call.hub.registry, entry, base)]
+        # Few are: they are picked out of a page, which may then be short.
+        gated = {"1": True, "true": True, "0": False, "false": False}.get(_one(query, "gated").lower())
+        if gated is not None:
+            entries = [entry for entry in entries if (call.hub.community.gate(entry.repository) is not None) == gated]
         return [described(call, entry, query) for entry in entries], len(found) > size, size
 
     async with call.hub.parsing if _one(query, "fits") else nullcontext():
@@ -125,6 +127,7 @@ def described(call: Call, entry: Entry, query: Query) -> dict[str, object]:
         found = describing.repository(entry.repository, head_of(call.hub.registry, entry), call.hub.content, False)
     else:
         found = describing.entry(entry)
+    found["gated"] = call.hub.community.gate(entry.repository) or False
     if expand:
         return expanded(call, entry.repository, found, expand)
     if _one(query, "config").lower() not in ("1", "true"):

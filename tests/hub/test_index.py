@@ -19,7 +19,7 @@ from surgery.hub.endpoint import LOCAL
 from surgery.hub.facts import FACTS_VERSION
 from surgery.hub.index import ANYBODY, OWNER, MadeFrom, ModelQuery, Reader, Span, made_from
 from surgery.hub.interfaces import Commit
-from surgery.hub.metadata import STEPS, SqliteMetadata
+from surgery.hub.metadata import SqliteMetadata
 from surgery.hub.naming import RepositoryName, parse_repository
 from surgery.hub.push import PushOptions, push
 from surgery.hub.reindexing import reindex
@@ -231,14 +231,15 @@ def test_what_may_not_be_read_is_known_by_its_name_only(metadata: SqliteMetadata
 def downgrade(root: Path) -> None:
     """Make a registry what the version before the index would have left: without its tables, with plainer facts."""
     with sqlite3.connect(root / "registry.sqlite") as db:
-        for table in ("listed", "marks", "ranks", "shapes", "parents", "weights", "names", "tensor_hashes"):
+        index = ("listed", "marks", "ranks", "shapes", "parents", "weights", "names", "tensor_hashes")
+        for table in (*index, "gates", "access", "events", "discussions", "scans"):
             db.execute(f"DROP TABLE {table}")
         db.execute("DROP INDEX repositories_by_time")
         for identity, text in db.execute("SELECT id, facts FROM commits").fetchall():
             facts = json.loads(text)
             kept = {key: facts[key] for key in ("kind", "base", "ranks", "targets", "parameters") if key in facts}
             db.execute("UPDATE commits SET facts = ? WHERE id = ?", (json.dumps(kept), identity))
-        db.execute(f"PRAGMA user_version = {len(STEPS) - 1}")
+        db.execute("PRAGMA user_version = 1")
     db.close()
 
 
