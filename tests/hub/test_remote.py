@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import shutil
-import threading
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 import surgery
 from surgery.errors import FormatError, InputError
-from surgery.hub import remote
-from surgery.hub.remote import BlockCache, RangeSource, open_folder
+from surgery.hub.range_source import HEAD_BYTES, RangeSource
+from surgery.hub.ranges import SMALL, RangeReader
+from surgery.hub.remote import open_folder
+from surgery.hub.traffic import Traffic
 from surgery.keywords import ExtractKeywords
 from surgery.source import read_bytes
 from tests.hub.fake_hub import Cut, FakeHub, environment
 from tests.tools import run_cli, square_adapter, square_checkpoint, unequal
 
 LAYERS, SIDE = 6, 512
+LOG_IN = "if it is private, log in with `hf auth login`, or set HF_TOKEN."
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +44,16 @@ def test_inspect_fetches_headers_only(hub: FakeHub, made: Path) -> None:
     hub.add("lab/base", made / "base")
     report = surgery.inspect("lab/base")
     assert report.as_dict() == surgery.inspect(made / "base").as_dict() | {"label": "lab/base"}
-    assert hub.served("model.safetensors") == remote.HEAD_BYTES
-    assert hub.served() < remote.HEAD_BYTES + 5_000
-    assert (made / "base" / "model.safetensors").stat().st_size > 20 * remote.HEAD_BYTES
+    assert hub.served("model.safetensors") == HEAD_BYTES
+    assert hub.served() < HEAD_BYTES + 5_000
+    assert (made / "base" / "model.safetensors").stat().st_size > 20 * HEAD_BYTES
 
 
 def test_a_long_header_is_fetched_once(hub: FakeHub, tmp_path: Path) -> None:
     """What the first request brought is not asked for again."""
     square_checkpoint(tmp_path / "wide", 1200, 4)
     header = 8 + int.from_bytes((tmp_path / "wide" / "model.safetensors").read_bytes()[:8], "little")
-    assert header > remote.HEAD_BYTES
+    assert header > HEAD_BYTES
     hub.add("lab/wide", tmp_path / "wide")
     surgery.inspect("lab/wide")
     assert hub.served("model.safetensors") == header
@@ -68,7 +69,7 @@ def test_merging_from_ids_gives_the_bytes_of_merging_from_disk(hub: FakeHub, mad
     assert all(commit in text for commit in commits.values())
     # Each byte of the weights once, and the header once more: it is read on its own.
     size = (made / "base" / "model.safetensors").stat().st_size
-    assert hub.served("base/resolve/" + commits["base"] + "/model.safetensors") <= size + remote.HEAD_BYTES
+    assert hub.served("base/resolve/" + commits["base"] + "/model.safetensors") <= size + HEAD_BYTES
 
 
 def test_extracting_from_ids_gives_the_bytes_of_extracting_from_disk(hub: FakeHub, made: Path, tmp_path: Path) -> None:
@@ -90,63 +91,13 @@ def test_the_command_reads_ids(hub: FakeHub, made: Path, tmp_path: Path) -> None
     assert '"modules": 6' in done.stdout
 
 
-def test_blocks_beyond_the_limit_are_dropped_and_fetched_again() -> None:
-    cache = BlockCache(2)
-    fetched: list[int] = []
-
-    def fetch(number: int) -> bytes:
-        fetched.append(number)
-        return bytes([number])
-
-    for number in (0, 1, 0, 2, 1):
-        assert cache.get(("file", number), partial(fetch, number)) == bytes([number])
-    assert fetched == [0, 1, 2, 1]
-
-
-def test_a_block_that_two_threads_want_is_fetched_once() -> None:
-    cache = BlockCache()
-    begun, go = threading.Event(), threading.Event()
-    fetched: list[bytes] = []
-
-    def slow() -> bytes:
-        begun.set()
-        assert go.wait(10)
-        fetched.append(b"block")
-        return b"block"
-
-    def never() -> bytes:
-        raise AssertionError("a second fetch")
-
-    first = threading.Thread(target=cache.get, args=(("file", 0), slow))
-    first.start()
-    assert begun.wait(10)
-    found: list[bytes] = []
-    second = threading.Thread(target=lambda: found.append(cache.get(("file", 0), never)))
-    second.start()
-    go.set()
-    first.join()
-    second.join()
-    assert (found, fetched) == ([b"block"], [b"block"])
-
-
-def test_a_block_that_could_not_be_fetched_is_tried_again() -> None:
-    cache = BlockCache()
-
-    def fail() -> bytes:
-        raise InputError("no.")
-
-    with pytest.raises(InputError):
-        cache.get(("file", 0), fail)
-    assert cache.get(("file", 0), lambda: b"there") == b"there"
-
-
 @pytest.mark.parametrize(
     ("reference", "sentence"),
     [
-        ("lab/nothing", "lab/nothing is neither a local path nor a model on {url} that you may read."),
+        ("lab/nothing", "lab/nothing is neither a local path nor a model on {url} that you may read; " + LOG_IN),
         ("lab/base@v9", "lab/base on {url} has no revision 'v9'."),
         ("lab/secret", "lab/secret is gated on {url}: ask for access there, then log in."),
-        ("lab/--odd", "lab/--odd is neither a local path nor a model on {url} that you may read."),
+        ("lab/--odd", "lab/--odd is neither a local path nor a model on {url} that you may read; " + LOG_IN),
         ("lab/empty", "lab/empty holds no weights: neither .safetensors nor .bin files are in it."),
     ],
 )
@@ -225,22 +176,33 @@ def test_an_answer_that_always_breaks_off_leaves_nothing(
 ) -> None:
     hub.add("lab/base", made / "base")
     hub.fault = lambda method, path: Cut(70_000) if path.endswith("model.safetensors") else None
-    with pytest.raises(InputError, match=r"lab/base/model\.safetensors cannot be read at byte \d+: .+\."):
+    with pytest.raises(InputError, match=r"cannot be read at byte \d+ of \d+: .+, after 5 tries; .+\.$"):
         surgery.merge("lab/base", made / "adapter", output=tmp_path / "out" / "merged")
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_server_without_ranges_is_refused(hub: FakeHub, made: Path) -> None:
+def test_a_server_without_ranges_is_refused(hub: FakeHub, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole file in answer to a range is not taken for the range."""
     hub.add("lab/base", made / "base")
     hub.ranges = False
+    monkeypatch.setattr("surgery.hub.ranges.SMALL", 1 << 20)
     size = (made / "base" / "model.safetensors").stat().st_size
     with pytest.raises(InputError) as error:
         surgery.inspect("lab/base")
     assert str(error.value) == (
-        f"lab/base/model.safetensors: the server answered a request for bytes 0 to {remote.HEAD_BYTES} with status 200 "
-        f"and {size} bytes; it must support range requests."
+        f"lab/base/model.safetensors: the server answered a request for bytes 0 to {HEAD_BYTES} with all {size} bytes; "
+        "it must support range requests. `surgery pull` fetches it whole."
     )
+
+
+def test_a_small_file_is_read_from_a_server_without_ranges(hub: FakeHub, made: Path, tmp_path: Path) -> None:
+    """What comes before and after the part that is wanted is passed over."""
+    hub.add("lab/base", made / "base")
+    hub.ranges = False
+    assert (made / "base" / "model.safetensors").stat().st_size <= SMALL
+    surgery.merge("lab/base", made / "adapter", output=tmp_path / "remote")
+    surgery.merge(made / "base", made / "adapter", output=tmp_path / "local")
+    assert unequal(tmp_path / "remote", tmp_path / "local") == ["surgery.json"]
 
 
 def test_a_size_that_the_description_lacks_is_asked_for(hub: FakeHub, made: Path) -> None:
@@ -260,7 +222,7 @@ def test_a_file_name_that_leads_out_is_refused(hub: FakeHub, made: Path, name: s
 
 
 def test_reading_beyond_the_end_is_an_error_without_a_request() -> None:
-    source = RangeSource("http://127.0.0.1:9/never", "lab/x/f", 10)
+    source = RangeSource(RangeReader("http://127.0.0.1:9/never", "lab/x/f", 10, Traffic()))
     with pytest.raises(FormatError, match=r"lab/x/f has 10 bytes, too few for 4 at 8\."):
         read_bytes(source, 8, 4)
 
