@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from surgery.errors import FormatError, IntegrityError
+from surgery.hashing import cache_folder
 from surgery.hub.ahead import Blocks, Expected, blocks_of, shared_blocks
 from surgery.hub.ranges import RangeReader
 from surgery.hub.sequential import Sequential
@@ -53,7 +54,7 @@ class RangeSource(NotAFile):
         ends = [(skipped, skipped), *self._expected.blocks]
         whole = all(before[1] == after[0] for before, after in pairwise(ends))
         if self._sha256 and not self.proved and whole and ends[-1][1] == self.size:
-            self._sum = Sequential(self.size)
+            self._sum = Sequential(self.size, cache_folder() / "waiting")
             if self._head:
                 self._sum.add(0, self._head)
             self._compare()
