@@ -20,7 +20,7 @@ from surgery.errors import SurgeryError
 # One request moves this much: small enough to hold many at once, large enough to hide what a request costs.
 BLOCK_BYTES = 2 << 20
 # Of all files of a process together.
-HELD_BYTES = 48 << 20
+HELD_BYTES = 40 << 20
 # Requests under way beside those that somebody waits for.
 AHEAD = 6
 # A gap between two wanted ranges that is cheaper to fetch than a request of its own.

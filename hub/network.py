@@ -41,9 +41,14 @@ def patiently(call: Callable[[], Answer], *also: type[Exception]) -> Answer:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds in `Retry-After`; None without, and for the form with a date."""
+    """The seconds that a busy server asks for, in `Retry-After` or `RateLimit`; None without, and for a date."""
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]  # documented, not exported
+
     value = headers.get("retry-after", "").strip()
-    return float(value) if value.isdecimal() and len(value) < 10 else None
+    if value.isdecimal() and len(value) < 10:
+        return float(value)
+    limit = parse_ratelimit_headers(headers)
+    return limit.reset_in_seconds + 1.0 if limit is not None and limit.remaining == 0 else None
 
 
 def line_errors() -> tuple[type[Exception], ...]:

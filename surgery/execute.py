@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -22,6 +21,7 @@ from surgery.hashing import HashBook, hash_tensor, new_hash
 from surgery.header import build_header
 from surgery.layout import TensorSpec
 from surgery.plan import Plan, Step, StepResult
+from surgery.sharing import Copies, TensorCache
 from surgery.tiling import tiles
 from surgery.writer import Staging
 
@@ -184,49 +184,6 @@ def _run_all(
     for future in futures:
         if not future.cancelled():
             future.result()
-
-
-class TensorCache:
-    """Tensors that several steps read, such as the stacked factors of a layer's experts; the latest, up to a limit."""
-
-    def __init__(self, limit: int = 256 << 20) -> None:
-        self._limit = limit
-        self._held: OrderedDict[tuple[str, str, int, str], torch.Tensor] = OrderedDict()
-        self._mutex = threading.Lock()
-
-    def get(self, tensor: StoredTensor, load: Callable[[StoredTensor], torch.Tensor]) -> torch.Tensor:
-        """The tensor, read with `load` if it is not at hand. It is shared: not to be written to."""
-        with self._mutex:
-            if tensor.key not in self._held:
-                self._held[tensor.key] = load(tensor)
-                while len(self._held) > 1 and sum(held.nbytes for held in self._held.values()) > self._limit:
-                    self._held.popitem(last=False)
-            self._held.move_to_end(tensor.key)
-            return self._held[tensor.key]
-
-
-class Copies:
-    """Which output tensors have the bytes of stored tensors that are not on this disk, so that each is fetched once."""
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[str, str, int, str], Future[str]] = {}
-        self._mutex = threading.Lock()
-
-    def make(
-        self, source: StoredTensor, output: str, fetch: Callable[[str], None], repeat: Callable[[str, str], None]
-    ) -> None:
-        """Fill `output` by `fetch`, or by `repeat` from an output that has the same bytes already."""
-        with self._mutex:
-            first = source.key not in self._made
-            made = self._made.setdefault(source.key, Future())
-        if not first:
-            return repeat(made.result(), output)
-        try:
-            fetch(output)
-        except BaseException as error:  # those who wait for these bytes fail as well
-            made.set_exception(error)
-            raise
-        return made.set_result(output)
 
 
 class StepIO:

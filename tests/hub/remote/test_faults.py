@@ -67,6 +67,7 @@ def part(found: RangeReader, begin: int, count: int) -> bytes:
         ([Do(status=503), Do(status=500), Do(status=408)], [0.5, 1.0, 2.0]),
         ([Do(status=429, headers={"Retry-After": "7"})], [7.0]),
         ([Do(status=429, headers={"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"})], [0.5]),
+        ([Do(status=429, headers={"RateLimit": '"api";r=0;t=30'})], [31.0]),
         ([Do(pause=0.3)], []),
         ([Do(total=SIZE)], []),
     ],
