@@ -12,6 +12,7 @@ import pytest
 
 import surgery
 from surgery.cli.main import COMMANDS, run
+from surgery.errors import InputError
 from tests.hub import fake_hub
 from tests.hub.server.serving import Server, serving
 from tests.models import perturb
@@ -129,6 +130,31 @@ def test_an_id_is_as_good_as_a_folder(
             assert status == 0, capsys.readouterr()
         found[where] = _plain(json.loads(capsys.readouterr().out)), _output(here / "out")
     assert _apart(found["ids"], found["folders"]) == []
+
+
+def test_what_is_private_asks_for_a_login(
+    served: tuple[Server, Path], folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a token it is not there; with one of a member it is."""
+    server, _ = served
+    with monkeypatch.context() as patch:
+        patch.setenv("SURGERY_REGISTRY", str(server.data))
+        surgery.push(folders / "lab" / "style", "lab/secret", private=True)
+    monkeypatch.chdir(tmp_path)
+    fake_hub.configure(server, tmp_path / "home", monkeypatch)
+    for token, name in ((None, "lab/secret"), (server.tokens["bob"], "lab/secret"), (None, "lab/nothing")):
+        if token is not None:
+            monkeypatch.setenv("HF_TOKEN", token)
+        with pytest.raises(InputError) as error:
+            surgery.inspect(name)
+        assert error.value.message == (
+            f"{name} is neither a local path nor a model on {server.url} that you may read; if it is private, log in "
+            "with `hf auth login`, or set HF_TOKEN."
+        )
+    monkeypatch.setenv("HF_TOKEN", server.tokens["ada"])
+    assert surgery.inspect("lab/secret").as_dict()["modules"] == 14
+    with pytest.raises(InputError, match=r"^lab/secret on http://127\.0\.0\.1:\d+ has no revision 'v9'\.$"):
+        surgery.inspect("lab/secret@v9")
 
 
 def _plain(value: Any) -> Any:
