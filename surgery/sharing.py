@@ -38,7 +38,6 @@ class Copies:
 
     def __init__(self) -> None:
         self._made: dict[tuple[str, str, int, str], Future[str]] = {}
-        self._turns: dict[str, threading.Lock] = {}
         self._mutex = threading.Lock()
 
     def make(
@@ -48,13 +47,10 @@ class Copies:
         with self._mutex:
             first = source.key not in self._made
             made = self._made.setdefault(source.key, Future())
-            turn = self._turns.setdefault(source.source.name, threading.Lock())
         if not first:
             return repeat(made.result(), output)
         try:
-            # One tensor of a file at a time: what comes in the file's order is hashed as it passes.
-            with turn:
-                fetch(output)
+            fetch(output)
         except BaseException as error:  # those who wait for these bytes fail as well
             made.set_exception(error)
             raise
