@@ -18,11 +18,11 @@ from functools import cache
 from surgery.errors import SurgeryError
 
 # One request moves this much: small enough to hold many at once, large enough to hide what a request costs.
-BLOCK_BYTES = 2 << 20
+BLOCK_BYTES = 4 << 20
 # Of all files of a process together.
-HELD_BYTES = 40 << 20
+HELD_BYTES = 64 << 20
 # Requests under way beside those that somebody waits for.
-AHEAD = 6
+AHEAD = 3
 # A gap between two wanted ranges that is cheaper to fetch than a request of its own.
 GAP_BYTES = 16 << 10
 
