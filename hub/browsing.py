@@ -158,7 +158,7 @@ def _listed_facts(name: str, facts: Mapping[str, object], size: int | None, upda
 def _list_remote(url: str, wanted: Wanted) -> ListReport:
     from huggingface_hub import HfApi
 
-    from surgery.hub.remote import first_line, network_errors, patiently
+    from surgery.hub.network import first_line, network_errors, patiently
 
     ours = is_ours(url)
     tags = list(wanted.tags)
@@ -269,7 +269,7 @@ def _lineage_by_tags(name: str, url: str) -> Lineage:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    from surgery.hub.remote import first_line, network_errors, patiently
+    from surgery.hub.network import first_line, network_errors, patiently
 
     api = HfApi(endpoint=url)
     try:
@@ -361,7 +361,7 @@ def _get(url: str, path: str, query: Mapping[str, str]) -> Any:
         hf_raise_for_status,
     )
 
-    from surgery.hub.remote import first_line, network_errors, patiently
+    from surgery.hub.network import first_line, network_errors, patiently
 
     def once() -> Any:
         response = get_session().get(f"{url}/api/models{path}", params=query, headers=build_hf_headers())

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 from surgery.belonging import weights_id
 from surgery.errors import FormatError, InputError, SurgeryError
-from surgery.folder import Folder
+from surgery.folder import Folder, WithoutRecords
 from surgery.hub.interfaces import Content, FileEntry, Metadata
 from surgery.hub.parcel import MAX_CARD
 from surgery.hub.server.content_folder import ContentFolder
@@ -86,7 +86,7 @@ class _BoundedSource(NotAFile):
         self._source.read_into(offset, buffer)
 
 
-class BoundedFolder:
+class BoundedFolder(WithoutRecords):
     """A folder of which no more than `limit` bytes are read; then `FormatError`."""
 
     def __init__(self, under: Folder, limit: int = MOST_READ) -> None:

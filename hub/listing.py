@@ -136,7 +136,7 @@ def delete(target: str, endpoint: Endpoint, root: Path | None = None) -> DeleteR
 def _info_remote(name: str, revision: str | None, url: str) -> InfoReport:
     from huggingface_hub import HfApi
 
-    from surgery.hub.remote import first_line, network_errors, patiently
+    from surgery.hub.network import first_line, network_errors, patiently
     from surgery.hub.remote_pull import HubCommit
 
     found = HubCommit.find(name, revision, url)
@@ -170,7 +170,7 @@ def _delete_remote(name: str, url: str) -> DeleteReport:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    from surgery.hub.remote import first_line, network_errors, patiently
+    from surgery.hub.network import first_line, network_errors, patiently
 
     api = HfApi(endpoint=url)
     try:

@@ -69,7 +69,7 @@ def verify(
             threads: tensors at a time.
             progress: told about the bytes as they pass.
     """
-    from surgery.hub.resolve import resolve_checkpoint, resolve_files
+    from surgery.hub.resolve import resolve_checkpoint, resolve_files, stored
     from surgery.ops.verify import compare, verify_output, with_logits
 
     check_keywords("verify", keywords, VerifyKeywords)
@@ -80,6 +80,8 @@ def verify(
     if right is None:
         return verify_output(resolve_files(left), settings)
     pair = resolve_checkpoint(left), resolve_checkpoint(right)
+    if logits:
+        pair = stored(pair[0]), stored(pair[1])
     report = compare(*pair, settings)
     return with_logits(report, *pair, keywords.get("seed", 0)) if logits else report
 

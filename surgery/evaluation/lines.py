@@ -44,8 +44,7 @@ def find_lines(
     subject: EvalSubject, rows: Rows, column: str | None, sources: Sequence[AdapterSource]
 ) -> Iterator[Line]:
     """The base and each adapter, on every item, or on those that name them."""
-    assert subject.checkpoint.path is not None
-    own = folder_name(subject.checkpoint.path)
+    own = folder_name(subject.checkpoint)
     if own in {source.name for source in sources}:
         own = subject.checkpoint.label if subject.checkpoint.label not in {s.name for s in sources} else "base"
     every = range(len(subject.examples))
@@ -108,8 +107,7 @@ def other_line(
         raise InputError(
             f"{checkpoint.label} does {found.task.name}, and {subject.checkpoint.label} {subject.task.name}."
         )
-    assert checkpoint.path is not None
-    name = folder_name(checkpoint.path)
+    name = folder_name(checkpoint)
     if name in {line.name for line in lines}:
         name = checkpoint.label if checkpoint.label not in {line.name for line in lines} else f"{name} (against)"
     return Line(name, "checkpoint", found, range(len(found.examples)))

@@ -45,9 +45,9 @@ class AdapterSource:
     reason: str | None = None
 
     @classmethod
-    def of(cls, label: str, weight: float, opened: Callable[[], Adapter]) -> AdapterSource:
+    def of(cls, label: str, weight: float, opened: Callable[[], Adapter], place: Path | None = None) -> AdapterSource:
         """Look at what is in a folder. `opened` reads it as PEFT's LoRA, or raises what is wrong with that."""
-        place = Path(label)
+        place = Path(label) if place is None else place
         name = Path(label.rstrip("/")).name or label
         if (place / SETTINGS).is_file():
             method = read_own(place)["method"]
