@@ -249,7 +249,7 @@ class RemoteAdministration:
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         from huggingface_hub import get_session, get_token, hf_raise_for_status
 
-        from surgery.hub.remote import first_line, network_errors
+        from surgery.hub.network import first_line, network_errors
 
         token = get_token()
         if token is None:
