@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from surgery.card import table, with_section
 from surgery.hub.examining import Examined
@@ -10,27 +11,17 @@ from surgery.hub.naming import why_not_a_repository
 
 _WHERE = """Ids stand for what a Hub has. From a registry in a folder, `surgery pull {name} -o DIR` first, and
 then give DIR in its place."""
-_PEFT = """```python
-from peft import PeftModel
+_PEFT = """from peft import PeftModel
 from transformers import {auto}
 
 model = {auto}.from_pretrained({base})
-model = PeftModel.from_pretrained(model, {name})
-```"""
-_TRANSFORMERS_ADAPTER = """```python
-model.load_adapter({name})  # on a model that is loaded already; needs peft installed
-```"""
-_VLLM_ADAPTER = """```sh
-vllm serve {base} --enable-lora{rank} --lora-modules adapter={name}
-```"""
-_TRANSFORMERS = """```python
-from transformers import {auto}
+model = PeftModel.from_pretrained(model, {name})"""
+_TRANSFORMERS_ADAPTER = """model.load_adapter({name})  # on a model that is loaded already; needs peft installed"""
+_VLLM_ADAPTER = """vllm serve {base} --enable-lora{rank} --lora-modules adapter={name}"""
+_TRANSFORMERS = """from transformers import {auto}
 
-model = {auto}.from_pretrained({name})
-```"""
-_VLLM = """```sh
-vllm serve {name}
-```"""
+model = {auto}.from_pretrained({name})"""
+_VLLM = """vllm serve {name}"""
 _AUTO = {
     "ForCausalLM": "AutoModelForCausalLM",
     "LMHeadModel": "AutoModelForCausalLM",
@@ -47,6 +38,8 @@ _TASKS = {
 }
 # vLLM's own default for --max-lora-rank; a larger rank has to be asked for.
 _VLLM_RANK = 16
+# Stands for a base that has no name.
+_BASE = "BASE"
 
 
 def card(readme: str, found: Examined, name: str) -> str:
@@ -56,8 +49,13 @@ def card(readme: str, found: Examined, name: str) -> str:
     base = named if isinstance(named, str) else None
     is_adapter = facts["kind"] == "adapter"
     lines = [*_what(facts), *_error(found.provenance)]
-    text = ["## What it is", "", *table(dict(lines)), "", "## How to load it", "", _WHERE.format(name=_word(name)), ""]
-    text += _load_adapter(facts, base, name) if is_adapter else _load_model(facts, name)
+    text = ["## What it is", "", *table(dict(lines)), "", "## How to load it", "", _WHERE.format(name=word(name)), ""]
+    for snippet in loading(facts, name):
+        text += [f"With {snippet.title}:", "", f"```{snippet.language}\n{snippet.code}\n```", ""]
+    if is_adapter:
+        text.append(f"Merged into the base on disk: `surgery merge {word(base or _BASE)} {word(name)} -o merged`.")
+    else:
+        text.pop()
     front: dict[str, str | list[str]] = {}
     if base is not None and "/" in base and why_not_a_repository(base) is None:
         front["base_model"] = base
@@ -108,35 +106,41 @@ def _error(provenance: Mapping[str, object] | None) -> list[tuple[str, str]]:
     return rows
 
 
-def _load_adapter(facts: Mapping[str, object], base: str | None, name: str) -> list[str]:
-    shown = base or "BASE"
-    task = facts.get("task")
+@dataclass(frozen=True)
+class Snippet:
+    """How to load something: with what, and the lines to write."""
+
+    title: str
+    language: str
+    code: str
+
+
+def loading(facts: Mapping[str, object], name: str) -> list[Snippet]:
+    """How to load what `facts` describe, from a Hub that has it as `name`."""
+    return _load_adapter(facts, name) if facts.get("kind") == "adapter" else _load_model(facts, name)
+
+
+def _load_adapter(facts: Mapping[str, object], name: str) -> list[Snippet]:
+    base, task, ranks = str(facts.get("base") or _BASE), facts.get("task"), facts.get("ranks")
     auto = _TASKS.get(str(task), "AutoModel") if task else "AutoModelForCausalLM"
-    ranks = facts.get("ranks")
-    largest = max(ranks) if isinstance(ranks, list) and ranks else 0
-    rank = f" --max-lora-rank {_allowed(largest)}" if largest > _VLLM_RANK else ""
-    vllm = _VLLM_ADAPTER.format(base=_word(shown), rank=rank, name=_word(name))
-    return [
-        "With PEFT:",
-        "",
-        _PEFT.format(auto=auto, base=_quoted(shown), name=_quoted(name)),
-        "",
-        "With transformers:",
-        "",
-        _TRANSFORMERS_ADAPTER.format(name=_quoted(name)),
-        "",
-        *(["With vLLM:", "", vllm, ""] if auto == "AutoModelForCausalLM" else []),
-        f"Merged into the base on disk: `surgery merge {_word(shown)} {_word(name)} -o merged`.",
+    found = [
+        Snippet("PEFT", "python", _PEFT.format(auto=auto, base=_quoted(base), name=_quoted(name))),
+        Snippet("transformers", "python", _TRANSFORMERS_ADAPTER.format(name=_quoted(name))),
     ]
+    if auto == "AutoModelForCausalLM":
+        largest = max(ranks) if isinstance(ranks, list) and ranks else 0
+        rank = f" --max-lora-rank {_allowed(largest)}" if largest > _VLLM_RANK else ""
+        found.append(Snippet("vLLM", "sh", _VLLM_ADAPTER.format(base=word(base), rank=rank, name=word(name))))
+    return found
 
 
-def _load_model(facts: Mapping[str, object], name: str) -> list[str]:
+def _load_model(facts: Mapping[str, object], name: str) -> list[Snippet]:
     architecture = str(facts.get("architecture") or "")
     auto = next((auto for ending, auto in _AUTO.items() if architecture.endswith(ending)), "AutoModel")
-    lines = ["With transformers:", "", _TRANSFORMERS.format(auto=auto, name=_quoted(name))]
+    found = [Snippet("transformers", "python", _TRANSFORMERS.format(auto=auto, name=_quoted(name)))]
     if auto == "AutoModelForCausalLM":
-        lines += ["", "With vLLM:", "", _VLLM.format(name=_word(name))]
-    return lines
+        found.append(Snippet("vLLM", "sh", _VLLM.format(name=word(name))))
+    return found
 
 
 def _allowed(rank: int) -> int:
@@ -148,7 +152,7 @@ def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ").replace("`", "'") + '"'
 
 
-def _word(text: str) -> str:
+def word(text: str) -> str:
     """A word of a command line; what a shell would not take for one is quoted."""
     import shlex
 

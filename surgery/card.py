@@ -125,9 +125,20 @@ def with_section(readme: str, section: str, front: Mapping[str, str | Sequence[s
     return f"{text.rstrip()}\n\n{marked}" if text.strip() else marked
 
 
+def by_a_person(readme: str) -> str:
+    """What a card says beside front matter and the tool's section."""
+    text = _FRONT.sub("", readme, count=1)
+    kept, position = [], 0
+    # Not by the pattern: of many beginnings without an end each would be followed to the end of the text.
+    while (begin := text.find(BEGIN, position)) >= 0 and (end := text.find(END, begin)) >= 0:
+        kept.append(text[position:begin])
+        position = end + len(END)
+    return "".join([*kept, text[position:]]).strip()
+
+
 def written_by_a_person(readme: str) -> bool:
     """Whether a card says anything beside front matter and the tool's section."""
-    return bool(_SECTION.sub("", _FRONT.sub("", readme, count=1)).strip())
+    return bool(by_a_person(readme))
 
 
 def _with_front(readme: str, front: Mapping[str, str | Sequence[str]]) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 
+# Names come from strangers: no number is longer than a file could hold, and Python reads only so many digits.
 _NUMBER = re.compile(r"(\d+)")
-_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|block|resblocks|encoder_layers|decoder_layers)\.(\d+)(?:\.|$)")
-_EXPERT = re.compile(r"(?:^|\.)experts?(?:\.expert)?[._](\d+)(?:\.|$)")
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|block|resblocks|encoder_layers|decoder_layers)\.(\d{1,9})(?:\.|$)")
+_EXPERT = re.compile(r"(?:^|\.)experts?(?:\.expert)?[._](\d{1,9})(?:\.|$)")
 
 
 def plain(text: str) -> str:
@@ -30,7 +31,9 @@ def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
     >>> sorted(["layers.10.w", "layers.2.w"], key=natural_key)
     ['layers.2.w', 'layers.10.w']
     """
-    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in _NUMBER.split(name) if part)
+    return tuple(
+        (0, int(part)) if part.isdecimal() and len(part) < 19 else (1, part) for part in _NUMBER.split(name) if part
+    )
 
 
 def split_parameter(name: str) -> tuple[str, str]:

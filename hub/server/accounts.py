@@ -170,7 +170,9 @@ class SqliteAccounts(Database):
             return gone.rowcount > 0
 
     def identify(self, token: str, now: int) -> Identity | None:
-        digest = _digest(token)
+        return self.identify_digest(_digest(token), now)
+
+    def identify_digest(self, digest: bytes, now: int) -> Identity | None:
         with self._look() as db:
             row = db.execute(
                 "SELECT t.digest, n.key, n.name, t.role, t.repository, t.label FROM tokens t "

@@ -27,7 +27,7 @@ _DAY = 86_400
 _LEAST_TOKEN = 20
 _TOKEN = re.compile(r"[!-~]+")
 # Names with another meaning in an address.
-_TAKEN = frozenset({"api", "cas", "lfs", "health", "datasets", "models", "spaces"})
+_TAKEN = frozenset({"api", "cas", "lfs", "health", "datasets", "models", "spaces", "login", "logout", "settings"})
 
 
 @dataclass(frozen=True)

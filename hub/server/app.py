@@ -31,6 +31,7 @@ from surgery.hub.server import (
 )  # fmt: skip
 from surgery.hub.server.hub import Call, Hub, identify
 from surgery.hub.server.limiting import Limiter
+from surgery.hub.server.pages import routes, session
 from surgery.hub.server.tracing import Trace, trace_of
 from surgery.hub.server.web import HttpError, json_response, unquoted
 
@@ -128,9 +129,9 @@ class App:
         try:
             response = await self._route(request)
         except HttpError as error:
-            response = error.response()
+            response = await routes.error(self.hub, request, error)
         except SurgeryError as error:
-            response = _of(error).response()
+            response = await routes.error(self.hub, request, _of(error))
         trace.status = response.status_code
         if trace.changes or trace.refused:
             try:
@@ -198,22 +199,23 @@ async def _api(call: Call, parts: tuple[str, ...]) -> Response:
 
 
 async def _page(call: Call, parts: tuple[str, ...]) -> Response:
-    """`/{id}/resolve/...` and `/{id}.git/info/lfs/...`, with `datasets/` before them for a dataset."""
+    """`/{id}/resolve/...` and `/{id}.git/info/lfs/...`, with `datasets/` before them for a dataset; else a page."""
     kind = "model"
     if parts[0] in _KINDS:
         kind, parts = _KINDS[parts[0]], parts[1:]
+    visit = await session.visiting(call)
     for length in (1, 2):
         name = "/".join(unquoted(part) for part in parts[:length])
         match call.request.method, *parts[length:]:
             case "GET" | "HEAD", "resolve", _, _, *_:
-                return await files.resolve(call.at(kind, name, parts[length + 1 :]))
+                return await files.resolve(visit.call.at(kind, name, parts[length + 1 :]))
             case "POST", "ask-access":
                 return await access.ask(call.at(kind, name, ()))
             case "POST", "info", "lfs", "objects", "batch" if name.endswith(".git"):
                 return await lfs.batch(call.at(kind, name.removesuffix(".git"), ()))
             case "POST", "info", "lfs", "verify" if name.endswith(".git"):
                 return await lfs.verify(call.at(kind, name.removesuffix(".git"), ()))
-    raise HttpError(404, _NOWHERE)
+    return await routes.page(visit, kind, parts)
 
 
 def _of(error: SurgeryError) -> HttpError:

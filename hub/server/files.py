@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from urllib.parse import parse_qs
 
 from starlette.concurrency import run_in_threadpool
@@ -103,12 +104,12 @@ async def tree(call: Call) -> Response:
 
     def describe() -> tuple[list[dict[str, object]], bool]:
         found = call.revision(revision)
-        listed = _listed(found.files, path, recursive)
+        listed = below(found.files, path, recursive)
         if path and not listed:
             raise HttpError(404, f"{path} does not exist on {revision}", "EntryNotFound",
                             {"X-Repo-Commit": found.commit.id})  # fmt: skip
         page = listed[begin : begin + limit]
-        last = _last_commits(call, found, [item if isinstance(item, str) else item.path for item in page], expand)
+        last = last_commits(call, found, _paths(page)) if expand else {}
         return _described_all(call, found, page, last, expand), begin + limit < len(listed)
 
     items, more = await run_in_threadpool(describe)
@@ -122,7 +123,7 @@ def next_page(call: Call, begin: int) -> dict[str, str]:
     return {"Link": f'<{call.base}{path}?{url.query}>; rel="next"'}
 
 
-def _listed(files: Iterable[FileEntry], path: str, recursive: bool) -> list[FileEntry | str]:
+def below(files: Iterable[FileEntry], path: str, recursive: bool) -> list[FileEntry | str]:
     """Files and folders (by name) below a path, in order; of a file's own path the file itself."""
     prefix = f"{path}/" if path else ""
     found: dict[str, FileEntry | str] = {}
@@ -138,6 +139,10 @@ def _listed(files: Iterable[FileEntry], path: str, recursive: bool) -> list[File
         if recursive or len(parts) == 1:
             found[entry.path] = entry
     return list(found.values())
+
+
+def _paths(items: Iterable[FileEntry | str]) -> list[str]:
+    return [item if isinstance(item, str) else item.path for item in items]
 
 
 def _described(call: Call, found: Revision, item: FileEntry | str, last: dict[str, Commit]) -> dict[str, object]:
@@ -167,26 +172,36 @@ def _folder_id(files: Iterable[FileEntry], path: str) -> str:
     return hasher.hexdigest()[:40]
 
 
-def _last_commits(call: Call, found: Revision, paths: list[str], expand: bool) -> dict[str, Commit]:
-    """The commit that last changed each path."""
-    waiting = set(paths) if expand else set()
+def last_commits(call: Call, found: Revision, paths: Iterable[str], most: int | None = None) -> dict[str, Commit]:
+    """The commit that last changed each file or folder; of those that none of the latest `most` changed, nothing."""
+    waiting = set(paths)
     last: dict[str, Commit] = {}
     if not waiting:
         return last
-    now, files = found.commit, found.files
-    for before in [*call.hub.metadata.history(found.repository.name, now.id, found.repository.kind)][1:]:
-        older = tuple(call.hub.metadata.files(before.tree))
-        for path in [path for path in waiting if _content(files, path) != _content(older, path)]:
+    history = call.hub.metadata.history(found.repository.name, found.commit.id, found.repository.kind)
+    now, files = next(history), _contents(found.files)
+    for before in islice(history, most):
+        older = _contents(call.hub.metadata.files(before.tree))
+        for path in _changed(files, older) & waiting:
             last[path] = now
             waiting.discard(path)
         if not waiting:
             return last
         now, files = before, older
-    return last | dict.fromkeys(waiting, now)
+    if now.parent is None:
+        last |= dict.fromkeys(waiting, now)
+    return last
 
 
-def _content(files: Iterable[FileEntry], path: str) -> list[tuple[str, str]]:
-    return [(entry.path, entry.oid) for entry in files if entry.path == path or entry.path.startswith(f"{path}/")]
+def _contents(files: Iterable[FileEntry]) -> set[tuple[str, str]]:
+    return {(entry.path, entry.oid) for entry in files}
+
+
+def _changed(files: set[tuple[str, str]], older: set[tuple[str, str]]) -> set[str]:
+    """Files that two trees do not share, and the folders they are in."""
+    changed = {path for path, _ in files ^ older}
+    parts = [path.split("/") for path in changed]
+    return changed | {"/".join(names[:depth]) for names in parts for depth in range(1, len(names))}
 
 
 async def paths_info(call: Call) -> Response:
@@ -207,7 +222,7 @@ async def paths_info(call: Call) -> Response:
         items: list[FileEntry | str] = [
             known.get(path, path) for path in dict.fromkeys(paths) if path in known or path in folders
         ]
-        last = _last_commits(call, found, [item if isinstance(item, str) else item.path for item in items], expand)
+        last = last_commits(call, found, _paths(items)) if expand else {}
         return _described_all(call, found, items, last, expand)
 
     return json_response(await run_in_threadpool(describe))

@@ -110,6 +110,10 @@ class Accounts(Protocol):
         """Whose token it is; None for one that is unknown or has expired."""
         ...
 
+    def identify_digest(self, digest: bytes, now: int) -> Identity | None:
+        """The same by the token's SHA-256, for a session that began with it."""
+        ...
+
     def redirect(self, kind: str, old: RepositoryName, new: RepositoryName) -> None:
         """Remember under which name a repository was known."""
         ...
