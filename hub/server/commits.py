@@ -341,10 +341,10 @@ def _commit(call: Call, branch: str, draft: Draft) -> Revision:
             continue
         except ContentMissingError:
             raise HttpError(409, "Content of the commit was removed meanwhile; upload it again.") from None
-        if kind == "model":
-            call.hub.completer.take_unhashed(found.name, commit.id, files)
         if branch.startswith(PULLS):
             _tell(call, found, branch, commit)
+        elif kind == "model":
+            call.hub.completer.take_unhashed(found.name, commit.id, files)
         return Revision(found, commit, tuple(files))
     raise HttpError(503, "The branch keeps moving; try again.", headers={"Retry-After": "1"})
 

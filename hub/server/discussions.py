@@ -233,6 +233,8 @@ def _merge(call: Call, number: int, body: dict[str, Any]) -> dict[str, object]:
                 continue
             except ContentMissingError:
                 raise HttpError(409, "Content of the pull request is gone; upload it again.") from None
+            if found.kind == "model":
+                call.hub.completer.take_unhashed(found.name, commit_id, files)
         _changed(call, found, item, MERGED, body, commit_id)
         call.note(commit=commit_id)
         return {"status": MERGED, "oid": commit_id}

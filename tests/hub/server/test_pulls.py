@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import random
 import sqlite3
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 from huggingface_hub.community import DiscussionComment, DiscussionCommit, DiscussionStatusChange
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from surgery.hub.interfaces import FileEntry
 from surgery.hub.server.merging import change_lines, merged
@@ -213,6 +216,34 @@ def test_merges_at_once(api: HfApi, server: Server) -> None:
     assert api.list_repo_files("ada/busy") == names
     titles = [found.title for found in api.list_repo_commits("ada/busy")]
     assert sorted(titles) == sorted([*(f"P{n} (#{n})" for n in range(1, 5)), *["files"] * 3, "initial commit"])
+
+
+@pytest.mark.parametrize("disabled", ["0", "1"])
+def test_what_is_proposed_says_nothing_of_the_repository(server: Server, tmp_path: Path, disabled: str) -> None:
+    """A repository is known by the hash of its own weights; those that a stranger proposes are none until merged."""
+    name = f"ada/known-{disabled}"
+    server.api().create_repo(name)
+    save_file({"weight": np.full(50_000, int(disabled), np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 5}')
+    server.client(
+        f"api.upload_folder(repo_id={name!r}, folder_path={str(tmp_path)!r}, create_pr=True)",
+        user="bob",
+        HF_HUB_DISABLE_XET=disabled,
+    )
+
+    def known() -> int:
+        with contextlib.closing(sqlite3.connect(server.data / "registry.sqlite", timeout=30)) as db:
+            query = "SELECT COUNT(*) FROM weights JOIN repositories ON id = repository WHERE key = ?"
+            return int(db.execute(query, (name,)).fetchone()[0])
+
+    time.sleep(0.3)
+    assert known() == 0
+    server.api().merge_pull_request(name, 1)
+    for _ in range(100):
+        if known():
+            break
+        time.sleep(0.1)
+    assert known() == 1
 
 
 def test_discussions(api: HfApi, server: Server) -> None:
