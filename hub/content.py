@@ -19,13 +19,14 @@ import os
 import re
 import secrets
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from surgery.errors import FormatError
-from surgery.hub.interfaces import Content, Incoming
+from surgery.hub.interfaces import Content, Incoming, StoredFile
 from surgery.hub.transfer import reserve, write_all
 from surgery.hub.xet import hashes
 from surgery.hub.xet.recipes import AssembledSource, Recipe, StoredXorb, decode, encode
@@ -92,11 +93,14 @@ class LocalContent:
         return found
 
     def touch(self, sha256: str) -> bool:
-        found = False
+        found = [_touch(path) for path in (self._blob(sha256), self._recipe(sha256))]
+        return any(found)
+
+    def touched(self, sha256: str) -> float:
+        found = 0.0
         for path in (self._blob(sha256), self._recipe(sha256)):
             with contextlib.suppress(FileNotFoundError):
-                os.utime(path)
-                found = True
+                found = max(found, path.stat().st_mtime)
         return found
 
     def remove(self, sha256: str) -> None:
@@ -105,11 +109,8 @@ class LocalContent:
 
     def list(self) -> Iterator[tuple[str, int, float]]:
         for root in (self.blobs, self._recipes):
-            for folder in sorted(root.iterdir()) if root.is_dir() else ():
-                for path in sorted(folder.iterdir()):
-                    with contextlib.suppress(FileNotFoundError):
-                        status = path.stat()
-                        yield path.name, status.st_size, status.st_mtime
+            for file in _files(root):
+                yield file.name, file.size, file.touched
 
     # Chunks -----------------------------------------------------------------------------------------------------------
 
@@ -136,6 +137,17 @@ class LocalContent:
 
     def has_xorb(self, digest: bytes) -> bool:
         return self.xorb_path(digest).is_file()
+
+    def touch_xorb(self, digest: bytes) -> bool:
+        return _touch(self.xorb_path(digest))
+
+    def xorbs(self) -> Iterator[StoredFile]:
+        return _files(self._xorbs)
+
+    def remove_xorb(self, digest: bytes) -> None:
+        self.xorb_path(digest).unlink(missing_ok=True)
+        with self._mutex:
+            self._open_xorbs.pop(digest, None)
 
     def open_xorb(self, digest: bytes) -> StoredXorb:
         with self._mutex:
@@ -251,6 +263,25 @@ class LocalIncoming:
             self._path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _touch(path: Path) -> bool:
+    # By the clock that everything else here is compared with; the kernel's own for files is some milliseconds behind.
+    now = time.time_ns()
+    try:
+        os.utime(path, ns=(now, now))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _files(root: Path) -> Iterator[StoredFile]:
+    """The files two levels below a folder, by name."""
+    for folder in sorted(root.iterdir()) if root.is_dir() else ():
+        for path in sorted(folder.iterdir()):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                yield StoredFile(path.name, status.st_size, status.st_mtime)
 
 
 def disk(root: Path) -> AbstractContextManager[None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from surgery.errors import FormatError, OutputError
@@ -20,9 +20,14 @@ _PATIENCE = 60.0
 
 
 class Database:
-    """One object may be used from several threads; each transaction has the connection to itself."""
+    """One object may be used from several threads; each transaction has the connection to itself.
 
-    def __init__(self, path: Path, tables: str, schema: int, create: bool = True) -> None:
+    A schema grows by steps, each a text of statements. Its number is how many of them a file has been through; a file
+    of an older version takes the missing ones, in one transaction, when it is opened to write. Steps only add: who only
+    reads an older file finds in it what was there then.
+    """
+
+    def __init__(self, path: Path, steps: Sequence[str], create: bool = True) -> None:
         self._path = path
         self._mutex = threading.RLock()
         with self._sqlite():
@@ -37,16 +42,17 @@ class Database:
             )
             self._db.execute("PRAGMA foreign_keys = ON")
             self._db.execute("PRAGMA synchronous = FULL")
-            if create and self._version() == 0:
+            if create and self._version() < len(steps):
                 with self._change():
-                    if self._version() == 0:  # another process may have come first
-                        for statement in tables.split(";\n"):
+                    # Another process may have come first.
+                    for step in steps[self._version() :]:
+                        for statement in step.split(";\n"):
                             self._db.execute(statement)
-                        self._db.execute(f"PRAGMA user_version = {schema}")
-            if self._version() != schema:
+                    self._db.execute(f"PRAGMA user_version = {max(len(steps), self._version())}")
+            if not 1 <= self._version() <= len(steps):
                 raise FormatError(
-                    f"{path} has schema {self._version()}, expected {schema}; use the version of this tool that made "
-                    "it."
+                    f"{path} has schema {self._version()}, expected {len(steps)}; use the version of this tool that "
+                    "made it."
                 )
 
     def close(self) -> None:
@@ -81,10 +87,16 @@ class Database:
                 raise FormatError(f"{self._path} is damaged ({error}); restore it from a backup.") from error
             raise OutputError(f"{self._path} cannot be used: {error}.") from error
 
+    def _is_changing(self) -> bool:
+        return self._db.in_transaction
+
     @contextlib.contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that changes something; only one at a time, in all processes."""
+        """A transaction that changes something; only one at a time, in all processes. Within one it is part of that."""
         with self._mutex, self._sqlite():
+            if self._is_changing():  # this thread: it has the mutex
+                yield self._db
+                return
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db

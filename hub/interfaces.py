@@ -105,6 +105,21 @@ class Incoming(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of the content store.
+
+    Attributes:
+        name: the hash that it goes by, in hex.
+        size: in bytes.
+        touched: when somebody last referred to it, in seconds since 1970.
+    """
+
+    name: str
+    size: int
+    touched: float
+
+
 class Content(Protocol):
     """Bytes by their SHA-256. What is there is whole, never changes, and survives a crash of the machine.
 
@@ -145,8 +160,22 @@ class Content(Protocol):
         """To read from. Raises `FormatError` where there is none."""
         ...
 
+    def touch_xorb(self, digest: bytes) -> bool:
+        """Note that somebody is about to refer to it; False if it is not there."""
+        ...
+
+    def xorbs(self) -> Iterator[StoredFile]:
+        """All that are stored."""
+        ...
+
+    def remove_xorb(self, digest: bytes) -> None: ...
+
     def touch(self, sha256: str) -> bool:
         """Note that somebody is about to refer to it; False if it is not there."""
+        ...
+
+    def touched(self, sha256: str) -> float:
+        """When somebody last did, in seconds since 1970; 0 where there is none."""
         ...
 
     def remove(self, sha256: str) -> None: ...

@@ -14,7 +14,6 @@ from surgery.hub.database import Database
 from surgery.hub.interfaces import BRANCHES, Commit, ConflictError, ContentMissingError, FileEntry, Repository
 from surgery.hub.naming import RepositoryName
 
-SCHEMA = 1
 _TABLES = """
 CREATE TABLE repositories (
     id INTEGER PRIMARY KEY,
@@ -63,7 +62,7 @@ class SqliteMetadata(Database):
     """See the module. One object may be used from several threads; each transaction has the connection to itself."""
 
     def __init__(self, path: Path, create: bool = True) -> None:
-        super().__init__(path, _TABLES, SCHEMA, create)
+        super().__init__(path, (_TABLES,), create)
 
     # Repositories -----------------------------------------------------------------------------------------------------
 

@@ -17,14 +17,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from surgery.errors import InputError, IntegrityError
+from surgery.hub.interfaces import ContentMissingError
 from surgery.hub.naming import RepositoryName
 from surgery.hub.server.hub import Call, Hub
 from surgery.hub.server.interfaces import READ, WRITE
+from surgery.hub.server.placing import Finder, keep_xorb, placement_of
 from surgery.hub.server.registering import register
 from surgery.hub.server.signing import ADDRESS_LIFE, TOKEN_LIFE
 from surgery.hub.server.web import ByteRange, HttpError, json_response, parse_range, pieces, stream, whole_body
 from surgery.hub.xet import hashes
 from surgery.hub.xet.recipes import Recipe
+from surgery.hub.xet.repeats import Sieve
 from surgery.hub.xet.shards import Term, write_xorbs
 from surgery.hub.xet.xorbs import MAX_FOOTER, MAX_PACKED, XorbParser
 
@@ -123,15 +126,13 @@ def _digest(text: str) -> bytes:
 async def _take_xorb(hub: Hub, request: Request, grant: Grant, text: str) -> Response:
     expected = _digest(text)
     with _refused(hub), hub.content.receive() as incoming:
-        parser = XorbParser(incoming.write)
+        sieve = Sieve(incoming.write, Finder(hub.content, hub.index, grant.holders))
+        parser = XorbParser(sieve.take)
         async for part in pieces(request, MAX_PACKED + MAX_FOOTER):
             await run_in_threadpool(parser.feed, part)
 
         def keep() -> None:
-            index = parser.finish(expected)
-            if not hub.content.has_xorb(expected):
-                incoming.keep_xorb(index)
-            hub.index.hold_xorb(expected, grant.holders)
+            keep_xorb(hub.content, hub.index, incoming, sieve, parser.finish(expected), grant.holders)
 
         await run_in_threadpool(keep)
     # Always true: that somebody else has it already is nobody's business.
@@ -145,6 +146,8 @@ def _refused(hub: Hub) -> Iterator[None]:
         yield
     except (InputError, IntegrityError) as error:
         raise HttpError(400, error.message.replace(str(hub.registry.root), "the registry")) from None
+    except ContentMissingError:
+        raise HttpError(503, "Chunks were removed meanwhile; send it again.", headers={"Retry-After": "1"}) from None
 
 
 async def _take_shard(hub: Hub, request: Request, grant: Grant) -> Response:
@@ -167,22 +170,26 @@ async def _query(hub: Hub, grant: Grant, text: str) -> Response:
 
 
 def _told(hub: Hub, holders: Collection[str], chunk: bytes) -> bytes | None:
-    """All xorbs of a file with this chunk, as far as there is room for them; None where no holder has such a file."""
+    """All xorbs of a file with this chunk, as far as there is room; None where no holder has such a file."""
     sha256 = hub.index.with_chunk(chunk, holders)
     recipe = hub.content.recipe(sha256) if sha256 is not None else None
-    if recipe is None:
+    if sha256 is None or recipe is None:
         return None
-    found = {}
+    # Only what may then be referred to: of a file that others sent too, what these holders named.
+    named = hub.index.named(sha256) or {term.xorb for term in recipe.terms}
+    unheld = set(hub.index.unheld(named, holders))
+    found = []
     room = _MAX_TOLD
-    for term in recipe.terms:
-        if term.xorb not in found and hub.content.has_xorb(term.xorb):
-            index = hub.content.open_xorb(term.xorb).index
-            room -= len(index)
-            if room < 0:
-                break
-            found[term.xorb] = index
+    for xorb in sorted(set(named) - unheld):
+        placed = placement_of(hub.content, hub.index, xorb)
+        room -= len(placed.index)
+        if room < 0:
+            break
+        touched = [hub.content.touch_xorb(term.xorb) for term in placed.terms]
+        if all(touched):
+            found.append(placed.index)
     now = int(time.time())
-    return write_xorbs(found.values(), now, now + _TOLD_FOR)
+    return write_xorbs(found, now, now + _TOLD_FOR)
 
 
 async def _reconstruct(hub: Hub, request: Request, grant: Grant, text: str, base: str) -> Response:

@@ -17,6 +17,7 @@ from surgery.hub.interfaces import ConflictError
 from surgery.hub.naming import parse_repository, why_not_a_repository
 from surgery.hub.server.accounts import SqliteAccounts
 from surgery.hub.server.interfaces import ADMIN, ROLES
+from surgery.hub.server.placing import place_all
 from surgery.hub.server.signing import Signer, load_key
 from surgery.hub.store import open_registry
 
@@ -73,6 +74,7 @@ def serve(options: ServeOptions, ready: Callable[[Started], None]) -> None:
     registry = open_registry(options.data)
     accounts = SqliteAccounts(options.data / "server.sqlite")
     try:
+        place_all(registry.content, accounts)
         token = _first_start(accounts)
         signer = Signer(load_key(options.data / "server.key"))
         app = App(Hub(registry, accounts, accounts, signer, options.url.rstrip("/") if options.url else None))
