@@ -21,7 +21,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -97,11 +97,7 @@ class LocalContent:
         return any(found)
 
     def touched(self, sha256: str) -> float:
-        found = 0.0
-        for path in (self._blob(sha256), self._recipe(sha256)):
-            with contextlib.suppress(FileNotFoundError):
-                found = max(found, path.stat().st_mtime)
-        return found
+        return max(_touched(path) for path in (self._blob(sha256), self._recipe(sha256)))
 
     def remove(self, sha256: str) -> None:
         self._blob(sha256).unlink(missing_ok=True)
@@ -140,6 +136,9 @@ class LocalContent:
 
     def touch_xorb(self, digest: bytes) -> bool:
         return _touch(self.xorb_path(digest))
+
+    def touched_xorb(self, digest: bytes) -> float:
+        return _touched(self.xorb_path(digest))
 
     def xorbs(self) -> Iterator[StoredFile]:
         return _files(self._xorbs)
@@ -183,16 +182,20 @@ class LocalContent:
         finally:
             incoming.close()
 
-    def clear(self) -> None:
-        """Remove what killed processes left behind."""
+    def clear(self, dry_run: bool = False) -> Sequence[int]:
+        found = []
         for path in self._incoming.iterdir() if self._incoming.is_dir() else ():
             with contextlib.suppress(OSError):
                 descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    path.unlink(missing_ok=True)
+                    size = os.fstat(descriptor).st_size
+                    if not dry_run:
+                        path.unlink()
+                    found.append(size)
                 finally:
                     os.close(descriptor)
+        return found
 
 
 class LocalIncoming:
@@ -273,6 +276,13 @@ def _touch(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def _touched(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _files(root: Path) -> Iterator[StoredFile]:

@@ -164,6 +164,10 @@ class Content(Protocol):
         """Note that somebody is about to refer to it; False if it is not there."""
         ...
 
+    def touched_xorb(self, digest: bytes) -> float:
+        """When somebody last did, in seconds since 1970; 0 where there is none."""
+        ...
+
     def xorbs(self) -> Iterator[StoredFile]:
         """All that are stored."""
         ...
@@ -179,6 +183,10 @@ class Content(Protocol):
         ...
 
     def remove(self, sha256: str) -> None: ...
+
+    def clear(self, dry_run: bool = False) -> Sequence[int]:
+        """Remove what killed processes left on its way in. Returns the size of each."""
+        ...
 
     def list(self) -> Iterator[tuple[str, int, float]]:
         """SHA-256, size, and the time of the last `touch`, of everything."""

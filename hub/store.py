@@ -39,8 +39,6 @@ from surgery.writer import sync
 FORMAT = 1
 # A commit may be called by the first digits of its id, but not by fewer than these.
 _LEAST_PREFIX = 7
-# Content that nothing refers to is kept this long, in seconds: a push that was killed finds it again.
-GRACE = 24 * 3600.0
 
 
 def registry_path() -> Path:
@@ -203,13 +201,6 @@ class Registry:
         """Forget a repository with its history, and remove the content that no other one has. Returns bytes freed."""
         candidates = self.metadata.delete(name, kind)
         freed = self._sweep(candidates)
-        self._clear_snapshots()
-        return freed
-
-    def collect(self, grace: float = GRACE) -> int:
-        """Remove content that nothing refers to and nobody has touched for `grace` seconds. Returns bytes freed."""
-        limit = time.time() - grace
-        freed = self._sweep([sha256 for sha256, _, touched in self.content.list() if touched < limit])
         self._clear_snapshots()
         return freed
 

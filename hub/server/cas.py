@@ -32,6 +32,7 @@ from surgery.hub.xet.shards import Term, write_xorbs
 from surgery.hub.xet.xorbs import MAX_FOOTER, MAX_PACKED, XorbParser
 
 PREFIX = "/cas"
+_EPOCH = "since-"
 _PURPOSE = "xet"
 _ADDRESS = "xorb"
 # Clients make shards of at most 64 MiB.
@@ -72,7 +73,9 @@ async def give_token(call: Call) -> Response:
     claims = {"k": found.kind, "n": str(found.name), "h": holders, "v": visible, "s": scope}
     expires = int(time.time()) + TOKEN_LIFE
     token = call.hub.signer.token(_PURPOSE, claims, expires)
-    url = call.base + PREFIX
+    # Clients keep what they know of stored chunks for each address apart.
+    epoch = await run_in_threadpool(call.hub.index.epoch)
+    url = f"{call.base}{PREFIX}/{_EPOCH}{epoch}" if epoch else call.base + PREFIX
     # The client's Rust part reads the body, its Python part the headers.
     headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(expires)}
     return json_response({"casUrl": url, "exp": expires, "accessToken": token}, headers=headers)
@@ -80,6 +83,8 @@ async def give_token(call: Call) -> Response:
 
 async def handle(hub: Hub, request: Request, parts: tuple[str, ...], base: str) -> Response:
     """A request below `/cas`."""
+    if parts and parts[0].startswith(_EPOCH):
+        parts = parts[1:]
     match request.method, *parts:
         case "GET" | "HEAD", "xorbs", xorb:
             return await _send_xorb(hub, request, xorb)
@@ -187,6 +192,7 @@ def _told(hub: Hub, holders: Collection[str], chunk: bytes) -> bytes | None:
             break
         touched = [hub.content.touch_xorb(term.xorb) for term in placed.terms]
         if all(touched):
+            hub.index.touch_xorb(xorb)
             found.append(placed.index)
     now = int(time.time())
     return write_xorbs(found, now, now + _TOLD_FOR)

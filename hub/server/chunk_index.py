@@ -113,14 +113,25 @@ class ChunkTables(Database):
             found.setdefault(xorb, []).append(holder)
         return list(found.items())
 
-    def forget_xorb(self, index: XorbIndex) -> None:
+    def forget_xorb(self, digest: bytes, index: XorbIndex | None) -> None:
         with self._change() as db:
-            row = db.execute("SELECT id FROM xorbs WHERE digest = ?", (index.digest,)).fetchone()
-            if row is not None:
+            row = db.execute("SELECT id FROM xorbs WHERE digest = ?", (digest,)).fetchone()
+            if row is not None and index is None:
+                db.execute("DELETE FROM places WHERE xorb = ?", row)
+            elif row is not None and index is not None:
                 keys = ((_key(index.hash(chunk)), row[0]) for chunk in range(len(index)))
                 db.executemany("DELETE FROM places WHERE chunk = ? AND xorb = ?", keys)
             for table, column in (("xorbs", "digest"), ("xorb_holders", "xorb"), ("named_xorbs", "xorb")):
-                db.execute(f"DELETE FROM {table} WHERE {column} = ?", (index.digest,))
+                db.execute(f"DELETE FROM {table} WHERE {column} = ?", (digest,))
+
+    def touch_xorb(self, digest: bytes) -> None:
+        with self._change() as db:
+            db.execute("UPDATE xorbs SET touched = ? WHERE digest = ?", (time.time(), digest))
+
+    def touched_xorb(self, digest: bytes) -> float:
+        with self._look() as db:
+            row = db.execute("SELECT touched FROM xorbs WHERE digest = ?", (digest,)).fetchone()
+        return 0.0 if row is None else float(row[0])
 
     def unheld(self, xorbs: Collection[bytes], holders: Collection[str]) -> Collection[bytes]:
         marks = ", ".join("?" * len(holders))
@@ -172,7 +183,8 @@ class ChunkTables(Database):
 
     def named(self, sha256: str) -> Sequence[bytes]:
         with self._look() as db:
-            return [xorb for (xorb,) in db.execute("SELECT xorb FROM named_xorbs WHERE sha256 = ?", (sha256,))]
+            rows = db.execute("SELECT xorb FROM named_xorbs WHERE sha256 = ?", (sha256,)).fetchall()
+        return [xorb for (xorb,) in rows]
 
     # Upkeep -----------------------------------------------------------------------------------------------------------
 
@@ -191,9 +203,14 @@ class ChunkTables(Database):
         with self._look() as db:
             return db.execute("SELECT digest, touched FROM xorbs ORDER BY digest").fetchall()
 
-    def named_xorbs(self) -> Collection[bytes]:
+    def named_xorbs(self, but: Collection[str] = ()) -> Collection[bytes]:
+        left_out = json.dumps(sorted(but))
         with self._look() as db:
-            return {xorb for (xorb,) in db.execute("SELECT DISTINCT xorb FROM named_xorbs")}
+            rows = db.execute(
+                "SELECT DISTINCT xorb FROM named_xorbs WHERE sha256 NOT IN (SELECT value FROM json_each(?))",
+                (left_out,),
+            ).fetchall()
+        return {xorb for (xorb,) in rows}
 
 
 def _key(chunk: bytes) -> int:

@@ -184,10 +184,18 @@ class ChunkIndex(Protocol):
         """Every xorb, and when anybody last named it, in seconds since 1970."""
         ...
 
-    def named_xorbs(self) -> Collection[bytes]:
-        """Every xorb that a client named for a file that is recorded."""
+    def named_xorbs(self, but: Collection[str] = ()) -> Collection[bytes]:
+        """Every xorb that a client named for a file that is recorded, some files left out."""
         ...
 
-    def forget_xorb(self, index: XorbIndex) -> None:
-        """Forget a xorb as clients know it, and its chunks."""
+    def touch_xorb(self, digest: bytes) -> None:
+        """Note that somebody may name it from now on."""
+        ...
+
+    def touched_xorb(self, digest: bytes) -> float:
+        """When somebody last did, in seconds since 1970; 0 for one that is not known."""
+        ...
+
+    def forget_xorb(self, digest: bytes, index: XorbIndex | None) -> None:
+        """Forget a xorb as clients know it, and its chunks; that takes long without its index."""
         ...

@@ -96,7 +96,7 @@ def keep_xorb(
             chunks.hold_xorb(placed, holders)
     except ContentMissingError:
         if known is not None:
-            chunks.forget_xorb(index)
+            chunks.forget_xorb(index.digest, index)
         raise
 
 

@@ -49,7 +49,10 @@ def _register(
     xorbs = {term.xorb for term in file.terms}
     for xorb in index.unheld(xorbs, visible):
         raise InputError(f"File {name} of the shard refers to xorb {hashes.text(xorb)}, which was not uploaded.")
-    placed = {xorb: placement_of(content, index, xorb) for xorb in xorbs}
+    try:
+        placed = {xorb: placement_of(content, index, xorb) for xorb in xorbs}
+    except FormatError:  # gc was killed before it could forget one
+        raise InputError(f"File {name} of the shard refers to a xorb that is gone; upload it again.") from None
     chunks: list[tuple[bytes, int]] = []
     terms: list[Term] = []
     for term, proof in zip(file.terms, file.proofs, strict=True):
