@@ -99,8 +99,20 @@ class LocalContent:
     def touched(self, sha256: str) -> float:
         return max(_touched(path) for path in (self._blob(sha256), self._recipe(sha256)))
 
+    def has(self, sha256: str) -> bool:
+        """Whether there is anything by this name, whole or not."""
+        return self._blob(sha256).is_file() or self._recipe(sha256).is_file()
+
     def remove(self, sha256: str) -> None:
+        self.remove_blob(sha256)
+        self.remove_recipe(sha256)
+
+    def remove_blob(self, sha256: str) -> None:
+        """Remove the file, and leave the recipe, if there is one."""
         self._blob(sha256).unlink(missing_ok=True)
+
+    def remove_recipe(self, sha256: str) -> None:
+        """Remove the recipe, and leave the file, if there is one."""
         self._recipe(sha256).unlink(missing_ok=True)
 
     def list(self) -> Iterator[tuple[str, int, float]]:

@@ -55,6 +55,18 @@ class Database:
                     "made it."
                 )
 
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    def problems(self, quick: bool = False) -> list[str]:
+        """What SQLite's own check finds wrong."""
+        with self._look() as db:
+            check = "quick_check" if quick else "integrity_check"
+            found = [str(text) for (text,) in db.execute(f"PRAGMA {check}") if text != "ok"]
+            broken = {str(row[0]) for row in db.execute("PRAGMA foreign_key_check")}
+        return found + [f"a row of {table} refers to one that is not there" for table in sorted(broken)]
+
     def close(self) -> None:
         """Let go of the file."""
         self._db.close()

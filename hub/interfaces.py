@@ -258,6 +258,10 @@ class Metadata(Protocol):
         """A commit and those before it, newest first."""
         ...
 
+    def commits(self, name: RepositoryName, kind: str = "model") -> Sequence[Commit]:
+        """Every commit of a repository, also those that no branch leads to; the oldest first."""
+        ...
+
     def find_commit(self, name: RepositoryName, prefix: str, kind: str = "model") -> Commit | None:
         """The commit whose id begins so, if there is exactly one."""
         ...

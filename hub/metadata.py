@@ -217,6 +217,14 @@ class SqliteMetadata(Database):
             yield found
             following = found.parent
 
+    def commits(self, name: RepositoryName, kind: str = "model") -> Sequence[Commit]:
+        with self._look() as db:
+            rows = db.execute(
+                "SELECT id, parent, tree, message, time, facts FROM commits WHERE repository = ? ORDER BY time, id",
+                (self._id(name, kind),),
+            ).fetchall()
+        return [_commit(row) for row in rows]
+
     def find_commit(self, name: RepositoryName, prefix: str, kind: str = "model") -> Commit | None:
         with self._look() as db:
             rows = db.execute(

@@ -148,7 +148,7 @@ class Staging:
         """Copy bytes `begin` to `end` of a stored tensor to the same place in an output tensor, in the kernel."""
         name, start, _ = self._places[tensor]
         with disk_errors(self.target):
-            _copy_range(source.source, source.offset + begin, self._descriptors[name], start + begin, end - begin)
+            copy_range(source.source, source.offset + begin, self._descriptors[name], start + begin, end - begin)
             _start_writeback(self._descriptors[name], start, begin, end)
 
     def write_file(self, name: str, data: bytes) -> None:
@@ -161,7 +161,7 @@ class Staging:
         with disk_errors(self.target):
             descriptor = os.open(self._path(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             try:
-                _copy_range(source, 0, descriptor, 0, source.size)
+                copy_range(source, 0, descriptor, 0, source.size)
             finally:
                 os.close(descriptor)
 
@@ -374,7 +374,7 @@ def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
     return call
 
 
-def _copy_range(source: Source, begin: int, descriptor: int, offset: int, count: int) -> None:
+def copy_range(source: Source, begin: int, descriptor: int, offset: int, count: int) -> None:
     origin = source.fileno()
     while count and origin is not None and sys.platform == "linux":
         try:
