@@ -23,7 +23,8 @@ Examples:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option("--port", default=8765, show_default=True, type=click.IntRange(0, 65535), help="Port; 0 is any free one.")
 @click.option("--url", help="Address under which clients reach the server, if that is another.")
-def serve(data: Path, host: str, port: int, url: str | None) -> None:
+@click.option("--gc-every", type=float, metavar="HOURS", help="Collect garbage so often, as `hub gc` does.")
+def serve(data: Path, host: str, port: int, url: str | None, gc_every: float | None) -> None:
     """Serve a registry to every Hugging Face client.
 
     Clients need nothing but HF_ENDPOINT and a token. The first start makes the user admin and prints a token for it,
@@ -37,7 +38,7 @@ def serve(data: Path, host: str, port: int, url: str | None) -> None:
             click.echo(f"Token of admin, shown this once: {started.token}")
         click.echo(f"Serving {data} at {url or started.url}; HF_ENDPOINT={url or started.url}")
 
-    run(ServeOptions(data=data, host=host, port=port, url=url), ready)
+    run(ServeOptions(data=data, host=host, port=port, url=url, gc_every=gc_every), ready)
 
 
 @click.group(

@@ -100,11 +100,11 @@ class FsckReport:
     unused_bytes: int
 
     @property
-    def is_sound(self) -> bool:
+    def passed(self) -> bool:
         return all(damage.repaired for damage in self.damages)
 
     def as_dict(self) -> dict[str, object]:
-        return asdict(self) | {"sound": self.is_sound}
+        return asdict(self) | {"passed": self.passed}
 
 
 def fsck(options: FsckOptions) -> FsckReport:

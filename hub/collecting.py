@@ -92,6 +92,7 @@ class GcReport:
         grace: in days.
         dry_run: whether nothing was removed, and this is what would have been.
         parts: by kind: `content`, `xorbs`, `snapshots`, `incoming`, and `records` of a server's database.
+        freed_bytes: of all parts.
         forgotten: whether clients were made to forget what they know of stored chunks.
     """
 
@@ -99,14 +100,11 @@ class GcReport:
     grace: float
     dry_run: bool
     parts: tuple[Collected, ...]
+    freed_bytes: int
     forgotten: bool
 
-    @property
-    def freed_bytes(self) -> int:
-        return sum(part.removed_bytes for part in self.parts)
-
     def as_dict(self) -> dict[str, object]:
-        return asdict(self) | {"freed_bytes": self.freed_bytes}
+        return asdict(self)
 
 
 def gc(options: GcOptions) -> GcReport:
@@ -136,7 +134,8 @@ def collect(registry: Registry, index: ChunkIndex | None, grace: float, dry_run:
     with tidying(registry.root), disk(registry.root):
         run = _Run(registry, index, time.time() - grace, dry_run)
         parts = run.incoming(), run.content(), *run.xorbs(), run.snapshots()
-    return GcReport(str(registry.root), grace / _DAY, dry_run, parts, run.forgotten)
+    freed = sum(part.removed_bytes for part in parts)
+    return GcReport(str(registry.root), grace / _DAY, dry_run, parts, freed, run.forgotten)
 
 
 class _Run:

@@ -375,6 +375,7 @@ def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
 
 
 def copy_range(source: Source, begin: int, descriptor: int, offset: int, count: int) -> None:
+    """Copy bytes from one place to another, by the kernel where it can; it shares blocks where the file system can."""
     origin = source.fileno()
     while count and origin is not None and sys.platform == "linux":
         try:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from surgery.errors import InputError, MissingExtraError, OptionError, OutputError
+from surgery.errors import InputError, MissingExtraError, OptionError, OutputError, SurgeryError
+from surgery.hub.collecting import GcOptions, gc
 from surgery.hub.interfaces import ConflictError
 from surgery.hub.naming import parse_repository, why_not_a_repository
 from surgery.hub.server.accounts import SqliteAccounts
@@ -21,11 +24,13 @@ from surgery.hub.server.placing import place_all
 from surgery.hub.server.signing import Signer, load_key
 from surgery.hub.store import open_registry
 
+log = logging.getLogger("surgery.hub")
 ADMIN_VARIABLE = "SURGERY_HUB_ADMIN_TOKEN"
 _ADMINISTRATOR = "admin"
 _LEAST_TOKEN = 20
 _TOKEN = re.compile(r"[!-~]+")
 _DAY = 86_400
+_HOUR = 3600
 # Requests at once; more are told to come back.
 _MOST_AT_ONCE = 500
 _MOST_HEADER_BYTES = 64 << 10
@@ -39,12 +44,14 @@ class ServeOptions:
         data: the registry's folder.
         host, port: where to listen; 0 is any free port.
         url: the address under which clients reach the server, if that is another.
+        gc_every: collect garbage so often, in hours; None for never.
     """
 
     data: Path
     host: str = "127.0.0.1"
     port: int = 8765
     url: str | None = None
+    gc_every: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,10 +98,40 @@ def serve(options: ServeOptions, ready: Callable[[Started], None]) -> None:
         with _listening(options) as listener:
             host = f"[{options.host}]" if ":" in options.host else options.host
             ready(Started(f"http://{host}:{listener.getsockname()[1]}", token))
-            uvicorn.Server(config).run([listener])
+            with _collecting(options):
+                uvicorn.Server(config).run([listener])
     finally:
         accounts.close()
         registry.close()
+
+
+@contextmanager
+def _collecting(options: ServeOptions) -> Iterator[None]:
+    """Collect garbage every so often, as `hub gc` does by default."""
+    every = options.gc_every
+    if every is None:
+        yield
+        return
+    if every <= 0:
+        raise OptionError(f"--gc-every is {every:g}, expected a number of hours above 0.")
+    stopped = threading.Event()
+
+    def work() -> None:
+        while not stopped.wait(every * _HOUR):
+            try:
+                report = gc(GcOptions(data=options.data))
+            except SurgeryError as error:
+                log.error("gc: %s", error)
+            else:
+                log.warning("gc: %d bytes freed", report.freed_bytes)
+
+    thread = threading.Thread(target=work, name="gc", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
 
 
 @contextmanager

@@ -67,15 +67,15 @@ def folder(whole: Folder, tmp_path: Path) -> Folder:
 
 def test_a_sound_registry(folder: Folder) -> None:
     report = check(folder)
-    assert report.is_sound
+    assert report.passed
     assert report.counts == {"repositories": 3, "commits": 3, "blobs": 2, "recipes": 3, "xorbs": 3}
     assert (report.unused, report.unused_bytes) == (1, len(b"nobody's"))
     stored = sum(path.stat().st_size for path in (folder.root / "blobs").rglob("*") if path.is_file())
     chunks = sum(len(xorb(made(*which))[1]) for which in ((1, 20), (2, 3), (3, 2)))
     assert report.read_bytes == stored + chunks
     quick = check(folder, quick=True)
-    assert (quick.is_sound, quick.read_bytes, quick.counts) == (True, 0, report.counts)
-    assert json.loads(json.dumps(report.as_dict()))["sound"] is True
+    assert (quick.passed, quick.read_bytes, quick.counts) == (True, 0, report.counts)
+    assert json.loads(json.dumps(report.as_dict()))["passed"] is True
 
 
 def test_a_flipped_bit_in_a_chunk(folder: Folder) -> None:
@@ -90,7 +90,7 @@ def test_a_flipped_bit_in_a_chunk(folder: Folder) -> None:
         HitFile("lab/base", "model", "main", "0.safetensors"),
         HitFile("lab/both", "model", "main", "0.safetensors"),
     )
-    assert check(folder, quick=True).is_sound
+    assert check(folder, quick=True).passed
     # A chunk that one file has only.
     flip(path, len(xorb(chunks[:4])[1]) + 100)
     flip(path, len(xorb(chunks[:15])[1]) + 100)
@@ -142,18 +142,18 @@ def test_the_other_form_mends_it(folder: Folder) -> None:
     assert path is not None
     flip(path, 7)
     assert only(check(folder)).mendable
-    assert not check(folder).is_sound
+    assert not check(folder).passed
     report = check(folder, repair=True)
-    assert (report.is_sound, only(report).repaired) == (True, True)
+    assert (report.passed, only(report).repaired) == (True, True)
     assert folder.content.path(sha256) is None
-    assert check(folder).is_sound
+    assert check(folder).passed
     # The other way round.
     put(folder.registry, data)
     recipe = folder.root / "recipes" / sha256[:2] / sha256
     flip(recipe, recipe.read_bytes().index(b'"xet":"') + 9)
     damage = only(check(folder, repair=True))
     assert (damage.what, damage.repaired) == ("recipe", True)
-    assert check(folder).is_sound
+    assert check(folder).passed
     assert folder.content.path(sha256) is not None
     assert packed.exists()
 
@@ -199,7 +199,7 @@ def test_a_damaged_placement(folder: Folder) -> None:
         db.execute("UPDATE xorbs SET terms = replace(terms, ',0,10,', ',1,11,') WHERE terms IS NOT NULL")
     damage = only(check(folder))
     assert (damage.what, damage.mendable) == ("placement", True)
-    assert check(folder, repair=True).is_sound
+    assert check(folder, repair=True).passed
     assert check(folder).damages == ()
 
 
@@ -232,7 +232,7 @@ def test_any_flipped_bit_is_found(whole: Folder, data: st.DataObject) -> None:
     place = data.draw(st.integers(0, path.stat().st_size - 1))
     flip(path, place)
     try:
-        assert not check(whole).is_sound
+        assert not check(whole).passed
     finally:
         flip(path, place)
-    assert check(whole).is_sound
+    assert check(whole).passed
