@@ -97,7 +97,8 @@ def backup(destination: Path, data: Path, link: bool, as_json: bool, quiet: bool
 @click.command(
     epilog="""\b
 Examples:
-  surgery hub restore /mnt/backup --data registry"""
+  surgery hub restore /mnt/backup --data registry
+  surgery hub restore snapshot --data registry --link"""
 )
 @click.argument("source", metavar="SRC", type=_FOLDER)
 @_data
