@@ -38,7 +38,7 @@ from surgery.writer import copy_range, sync
 
 _REGISTRY, _SERVER = "registry.sqlite", "server.sqlite"
 _DATABASES = (_REGISTRY, _SERVER)
-_SMALL = ("registry.json", "server.key")
+_SMALL = ("registry.json", "server.key", "audit*.jsonl")
 _ROUNDS = 5
 
 
@@ -201,14 +201,13 @@ def _missing(registry: Path, destination: Path) -> tuple[int, list[str]]:
 
 def _take_place(source: Path, destination: Path, snapshots: Iterable[Path]) -> None:
     """Make everything durable, and then the databases visible."""
-    for name in _SMALL:
-        if (source / name).is_file():
-            making = destination / f".{name}.partial"
-            making.unlink(missing_ok=True)
-            making.touch(0o600)
-            making.write_bytes((source / name).read_bytes())
-            shutil.copymode(source / name, making)
-            os.replace(making, destination / name)
+    for path in (path for pattern in _SMALL for path in source.glob(pattern)):
+        making = destination / f".{path.name}.partial"
+        making.unlink(missing_ok=True)
+        making.touch(0o600)
+        making.write_bytes(path.read_bytes())
+        shutil.copymode(path, making)
+        os.replace(making, destination / path.name)
     os.sync()
     for path in snapshots:
         target = destination / path.name.removeprefix(".").removesuffix(".partial")

@@ -164,15 +164,16 @@ class _Run:
         for sha256, _, time_ in self._store.list():
             touched[sha256] = max(time_, touched.get(sha256, 0.0))
 
-        def remove(sha256: str) -> None:
+        def remove(sha256: str) -> bool:
             size = self._store.stored(sha256)
             if max(touched[sha256], self._store.touched(sha256)) >= self._limit:
                 part.keep(size)
-                return
+                return False
             part.remove(size)
             self._gone.add(sha256)
             if not self._dry_run:
                 self._store.remove(sha256)
+            return not self._dry_run
 
         for batch in _batches(sorted(touched)):
             self._registry.metadata.sweep(batch, remove)

@@ -280,6 +280,9 @@ class Metadata(Protocol):
 
     def close(self) -> None: ...
 
-    def sweep(self, candidates: Iterable[str], remove: Callable[[str], None]) -> Collection[str]:
-        """Call `remove` for each candidate that no commit refers to. No commit happens meanwhile."""
+    def sweep(self, candidates: Iterable[str], remove: Callable[[str], bool]) -> Collection[str]:
+        """Call `remove` for each candidate that no commit refers to. No commit happens meanwhile.
+
+        It says whether it removed the content; returns what was removed.
+        """
         ...

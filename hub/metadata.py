@@ -247,16 +247,14 @@ class SqliteMetadata(Database):
         with self._look() as db:
             return db.execute("SELECT 1 FROM contents WHERE size = ? LIMIT 1", (size,)).fetchone() is not None
 
-    def sweep(self, candidates: Iterable[str], remove: Callable[[str], None]) -> Collection[str]:
+    def sweep(self, candidates: Iterable[str], remove: Callable[[str], bool]) -> Collection[str]:
         with self._change() as db:
             found = [
                 sha256
                 for sha256 in candidates
                 if db.execute("SELECT 1 FROM contents WHERE sha256 = ? LIMIT 1", (sha256,)).fetchone() is None
             ]
-            for sha256 in found:
-                remove(sha256)
-            return found
+            return [sha256 for sha256 in found if remove(sha256)]
 
     def trees(self) -> Collection[str]:
         """Every tree that a commit has."""

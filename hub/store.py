@@ -207,10 +207,11 @@ class Registry:
     def _sweep(self, candidates: Iterable[str]) -> int:
         freed = 0
 
-        def remove(sha256: str) -> None:
+        def remove(sha256: str) -> bool:
             nonlocal freed
             freed += self.content.stored(sha256)
             self.content.remove(sha256)
+            return True
 
         with disk(self.root):
             self.metadata.sweep(candidates, remove)

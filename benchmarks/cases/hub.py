@@ -35,8 +35,8 @@ def run(workshop: Workshop) -> Result:
     rows += [*_mixture(workshop, workshop.base(dense)), *_version(workshop), _many(workshop)]
     note = (
         f"{found['nbytes'] / 1e9:.2f} GB in {shape.shards} files, in the page cache, over loopback to a server on a "
-        "new folder, by the `hf` command with a new home; start-up is included. The other copies the files and hashes the "
-        f"copies. Then {EXPERTS} experts from each MLP of a Llama of {dense.nbytes / 1e6:.0f} MB."
+        "new folder, by the `hf` command with a new home; start-up is included. The other copies the files and hashes "
+        f"the copies. Then {EXPERTS} experts from each MLP of a Llama of {dense.nbytes / 1e6:.0f} MB."
     )
     return Result("The hub's server and the stock client", [note], processes, rows)
 
