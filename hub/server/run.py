@@ -34,6 +34,9 @@ _HOUR = 3600
 # Requests at once; more are told to come back.
 _MOST_AT_ONCE = 500
 _MOST_HEADER_BYTES = 64 << 10
+# Seconds that a connection stays open with nothing on it. Clients (httpx) close theirs after 5: a server that closes it
+# at the same moment, as uvicorn does by default, resets some of those on which a request is just being sent.
+_KEPT_OPEN = 75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +96,7 @@ def serve(options: ServeOptions, ready: Callable[[Started], None]) -> None:
             access_log=False,
             log_level="warning",
             server_header=False,
+            timeout_keep_alive=_KEPT_OPEN,
             timeout_graceful_shutdown=10,
         )
         with _listening(options) as listener:
