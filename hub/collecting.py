@@ -35,6 +35,7 @@ from surgery.hub.interfaces import StoredFile
 from surgery.hub.locking import tidying
 from surgery.hub.server.accounts import SqliteAccounts
 from surgery.hub.server.interfaces import ChunkIndex
+from surgery.hub.server.placing import lost
 from surgery.hub.store import Registry, existing_registry
 from surgery.hub.xet import hashes
 from surgery.hub.xet.xorbs import XorbIndex
@@ -202,7 +203,7 @@ class _Run:
         self._remember_nothing([file.touched for _, file in candidates])
         for batch in _batches(candidates):
             self._remove_xorbs(batch, part)
-        if self._index is not None and not self._dry_run:
+        if self._index is not None:
             self._forget_lost(self._index, records)
         return part, records
 
@@ -288,13 +289,25 @@ class _Run:
             return None
 
     def _forget_lost(self, index: ChunkIndex, records: Collected) -> None:
-        """What is on record of xorbs that are not there: a run was killed between their removal and the record's."""
+        """What is on record of xorbs that are not there: a run was killed, or somebody removed a damaged one."""
         for digest, _ in index.known_xorbs():
-            if index.placement(digest) is None and not self._store.has_xorb(digest):
-                with index.keeping():
-                    if not self._store.has_xorb(digest):
-                        index.forget_xorb(digest, None)
-                        records.remove(0)
+            if not self._is_lost(index, digest):
+                continue
+            records.remove(0)
+            if self._dry_run:
+                continue
+            if not self.forgotten:
+                self.forgotten = True
+                index.begin_epoch(secrets.token_hex(4))
+            with index.keeping():
+                if self._is_lost(index, digest):
+                    index.forget_xorb(digest, None)
+
+    def _is_lost(self, index: ChunkIndex, digest: bytes) -> bool:
+        placed = index.placement(digest)
+        if placed is None:
+            return not self._store.has_xorb(digest)
+        return lost(self._store, placed.terms)
 
     # Snapshots --------------------------------------------------------------------------------------------------------
 

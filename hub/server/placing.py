@@ -6,15 +6,16 @@ collected meanwhile, and what was touched then is not collected for a long time 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterable
 
 from surgery.errors import FormatError
 from surgery.hub.interfaces import Content, ContentMissingError, Incoming
 from surgery.hub.server.interfaces import ChunkIndex
 from surgery.hub.xet import hashes
 from surgery.hub.xet.placement import Placement, plain
-from surgery.hub.xet.recipes import Recipe
 from surgery.hub.xet.repeats import Place, Sieve
+from surgery.hub.xet.shards import Term
 from surgery.hub.xet.xorbs import XorbIndex
 
 
@@ -23,9 +24,9 @@ def placement_of(content: Content, index: ChunkIndex, digest: bytes) -> Placemen
     return index.placement(digest) or plain(content.open_xorb(digest).index)
 
 
-def lost(content: Content, recipe: Recipe) -> bool:
-    """Whether a xorb of a file is missing."""
-    return not all(content.has_xorb(xorb) for xorb in {term.xorb for term in recipe.terms})
+def lost(content: Content, terms: Iterable[Term]) -> bool:
+    """Whether a xorb is missing that these name."""
+    return not all(content.has_xorb(xorb) for xorb in {term.xorb for term in terms})
 
 
 def touch_xorbs(content: Content, xorbs: Collection[bytes]) -> None:
@@ -52,9 +53,10 @@ class Finder:
             (term,) = placed.within(number, number + 1)
             if not self._content.has_xorb(term.xorb):
                 continue
-            stored = self._content.open_xorb(term.xorb).index
-            if term.begin < len(stored) and stored.hash(term.begin) == chunk:
-                return Place(stored, term.begin)
+            with contextlib.suppress(FormatError):  # damaged: the chunk is stored again
+                stored = self._content.open_xorb(term.xorb).index
+                if term.begin < len(stored) and stored.hash(term.begin) == chunk:
+                    return Place(stored, term.begin)
         return None
 
     def _placement(self, xorb: bytes) -> Placement | None:

@@ -67,9 +67,11 @@ def _register(
         terms += placed[term.xorb].within(term.begin, term.end)
     if hashes.file_hash(chunks) != file.digest:
         raise IntegrityError(f"File {name} of the shard has another hash than its chunks give.")
+    if lost(content, terms):
+        raise InputError(f"File {name} of the shard refers to a xorb that is gone; upload it again.")
     recipe = Recipe(sha256, file.digest, joined(terms))
     known = content.recipe(sha256)
-    if known is not None and (known.digest != file.digest or lost(content, known)):
+    if known is not None and (known.digest != file.digest or lost(content, known.terms)):
         known = None
     if known is None and _sha256(content, recipe) != sha256:
         raise IntegrityError(f"File {name} of the shard does not have the SHA-256 {sha256}.")

@@ -138,6 +138,30 @@ for turn in range(8):
 """
 
 
+def test_a_damaged_xorb_is_healed_by_a_push(own: Server, tmp_path: Path) -> None:
+    """It is removed by hand; gc forgets it, and so do clients; who pushes the file again brings it back for all."""
+    path, home = tmp_path / "w.safetensors", tmp_path / "warm"
+    digest = weights(path, 6)
+    upload = UPLOAD.format(name="{name}", path=str(path))
+    own.client(upload.format(name="ada/one"), home=home)
+    (tmp_path / "more").write_bytes(b"x" * 200_000 + path.read_bytes())
+    own.client(UPLOAD.format(name="ada/more", path=str(tmp_path / "more")))
+    content = LocalContent(own.data)
+    sizes = {file.name: file.size for file in content.xorbs()}
+    assert len(sizes) == 2
+    found = hashes.digest_of(max(sizes, key=lambda name: sizes[name]))
+    assert found is not None
+    content.xorb_path(found).unlink()
+    assert len(fsck(FsckOptions(data=own.data, quick=True)).damages[0].files) == 1
+    report = gc(GcOptions(data=own.data))
+    assert (report.forgotten, part(report, "records").removed) == (True, 2)
+    own.client(upload.format(name="ada/two"), home=home)
+    for name in ("ada/one", "ada/two"):
+        assert own.client(PULL.format(name=name)) == digest
+    own.client(UPLOAD.format(name="ada/more", path=str(tmp_path / "more")), home=home)
+    assert fsck(FsckOptions(data=own.data)).passed
+
+
 @pytest.mark.slow
 def test_pushes_gc_fsck_and_backups_at_once(own: Server, tmp_path: Path) -> None:
     """A client uploads, commits, deletes and pulls while everything else goes on over and over: nothing is lost."""
