@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 
 from surgery.hub.database import Database
 from surgery.hub.server.interfaces import ChunkIndex
@@ -95,13 +96,31 @@ class ChunkTables(Database):
         return placement.decode(read_footer(row[0], f"What is known of the xorb {hashes.text(digest)}"), row[1])
 
     def places(self, chunk: bytes, holders: Collection[str]) -> Sequence[tuple[bytes, int]]:
-        marks = ", ".join("?" * len(holders))
+        # Asked for every chunk that comes in, and mostly there is none: two look-ups by key, and no more.
+        key = _key(chunk)
         with self._look() as db:
-            return db.execute(
-                "SELECT DISTINCT digest, number FROM places JOIN xorbs ON xorbs.id = places.xorb WHERE chunk = ? "
-                f"AND holder IN (SELECT id FROM holders WHERE name IN ({marks}))",
-                (_key(chunk), *holders),
-            ).fetchall()
+            found: set[tuple[int, int]] = set()
+            for holder in holders:
+                identity = self._identities.get(holder) or self._known_holder(holder)
+                if identity is not None:
+                    query = "SELECT xorb, number FROM places WHERE chunk = ? AND holder = ?"
+                    found.update(db.execute(query, (key, identity)))
+            rows = [
+                (db.execute("SELECT digest FROM xorbs WHERE id = ?", (xorb,)).fetchone(), number)
+                for xorb, number in sorted(found)
+            ]
+        return [(row[0], number) for row, number in rows if row is not None]
+
+    def _known_holder(self, name: str) -> int | None:
+        """The number of a holder, which never changes."""
+        row = self._db.execute("SELECT id FROM holders WHERE name = ?", (name,)).fetchone()
+        if row is not None and not self._is_changing():  # one that is just being added may be taken back
+            self._identities[name] = row[0]
+        return None if row is None else int(row[0])
+
+    @cached_property
+    def _identities(self) -> dict[str, int]:
+        return {}
 
     def unplaced(self) -> Sequence[tuple[bytes, Sequence[str]]]:
         with self._look() as db:
