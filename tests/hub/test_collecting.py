@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -288,23 +287,28 @@ def test_a_kill_leaves_a_sound_store(folder: Folder, tmp_path: Path) -> None:
     folder.commit("lab/keep", *keep)
     folder.age(30)
     folder.index.close()
-    left = [_killed(folder, tmp_path / str(number), number * 0.008, set(keep), drop[0]) for number in range(14)]
+    removable = 5 * COUNT  # blobs, recipes of two kinds, and their xorbs
+    gone = [
+        _killed(folder, tmp_path / str(number), number * removable // 10, set(keep), drop[0]) for number in range(9)
+    ]
     # Some were killed before the end, and some of those after the beginning.
-    assert any(0 < count < 3 * COUNT for count in left)
+    assert any(0 < count < removable for count in gone)
 
 
-def _killed(before: Folder, place: Path, delay: float, keep: set[str], dropped: str) -> int:
-    """Kill a run on a copy after a while. Returns how much content was left that nobody wants."""
+def _killed(before: Folder, place: Path, when: int, keep: set[str], dropped: str) -> int:
+    """Kill a run on a copy when it has removed so many files. Returns how many it had removed when it was dead."""
     shutil.copytree(before.root, place)
+    stored = len(_stored(place))
     with subprocess.Popen([sys.executable, "-c", _COLLECTOR, str(place)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        time.sleep(delay)
+        while process.poll() is None and stored - len(_stored(place)) < when:
+            pass
         process.send_signal(signal.SIGKILL)
+    gone = stored - len(_stored(place))
     folder = Folder(place)
     assert assert_sound(folder.registry) == 1
     assert keep <= contents(folder.registry)
-    left = len(contents(folder.registry)) - len(keep)
     folder.collect()
     assert_sound(folder.registry)
     assert contents(folder.registry) == keep == set(folder.index.contents())
@@ -314,7 +318,12 @@ def _killed(before: Folder, place: Path, delay: float, keep: set[str], dropped: 
     assert folder.file([*made(2000, 3), *made(1000, 10)]) == dropped
     folder.index.close()
     folder.registry.close()
-    return left
+    return gone
+
+
+def _stored(root: Path) -> list[str]:
+    folders = (found for name in ("blobs", "recipes", "xorbs") for found in (root / name).iterdir())
+    return [name for folder in folders for name in os.listdir(folder)]
 
 
 _PUSHER = """

@@ -195,7 +195,7 @@ def test_pushes_gc_fsck_and_backups_at_once(own: Server, tmp_path: Path) -> None
             done.set()
             client.kill()
         working.result()
-    assert sum(freed) > 4 * 300_000
+    assert sum(freed) > 300_000  # of what was deleted, and made old in time
     backup(BackupOptions(data=own.data, destination=tmp_path / "backup"))
     for place in (own.data, tmp_path / "backup"):
         assert fsck(FsckOptions(data=place)).passed
