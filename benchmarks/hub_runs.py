@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +185,12 @@ def _pull(server: Server, folder: Path, number: str) -> None:
 def main() -> None:
     subject, folder, runs, *paths = sys.argv[1:]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    work = {"transfer": transfer, "mixture": mixture, "version": version, "many": many}[subject]
+    work: dict[str, Callable[..., dict[str, object]]] = {
+        "transfer": transfer,
+        "mixture": mixture,
+        "version": version,
+        "many": many,
+    }[subject]
     print(json.dumps(work(Path(folder), int(runs), *map(Path, paths))))
 
 
