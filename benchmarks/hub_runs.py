@@ -185,13 +185,13 @@ def _pull(server: Server, folder: Path, number: str) -> None:
 def main() -> None:
     subject, folder, runs, *paths = sys.argv[1:]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    work: dict[str, Callable[..., dict[str, object]]] = {
+    subjects: dict[str, Callable[..., dict[str, object]]] = {
         "transfer": transfer,
         "mixture": mixture,
         "version": version,
         "many": many,
-    }[subject]
-    print(json.dumps(work(Path(folder), int(runs), *map(Path, paths))))
+    }
+    print(json.dumps(subjects[subject](Path(folder), int(runs), *map(Path, paths))))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """Train once, by us or by a peer, on the same rows in the same order, and note the time of the steps and the losses.
 
-python train_call.py ours|trainer|sft CHECKPOINT OUT METHOD STEPS BATCH LENGTH CALLS
+python train_call.py ours|resumed|trainer|sft CHECKPOINT OUT METHOD STEPS BATCH LENGTH CALLS
 
 Appends to CALLS: seconds of wall clock and of processor from the third step to the last, the tokens in them, and all
-losses. METHOD is `full` or `lora`. What loading, saving and the first steps take is not counted.
+losses. `resumed` is ours, stopped in the middle by a signal and given again. METHOD is `full` or `lora`. What loading,
+saving and the first steps take is not counted.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -42,8 +44,9 @@ def main() -> None:
     torch.set_num_threads(1)
     clock, number = Clock(), int(steps)
     rows = _rows(json.loads(Path(checkpoint, "config.json").read_text())["vocab_size"], int(length))
-    if who == "ours":
-        losses = _ours(checkpoint, out, method, number, int(batch), rows, clock)
+    if who in ("ours", "resumed"):
+        stop = number // 2 if who == "resumed" else None
+        losses = _ours(checkpoint, out, method, number, int(batch), rows, clock, stop)
     else:
         losses = _peer(who, checkpoint, out, method, number, int(batch), rows, clock)
     tokens = (number - FIRST) * int(batch) * int(length)
@@ -59,33 +62,41 @@ def _rows(vocabulary: int, length: int) -> list[list[int]]:
 
 
 def _ours(
-    checkpoint: str, out: str, method: str, steps: int, batch: int, rows: list[list[int]], clock: Clock
+    checkpoint: str,
+    out: str,
+    method: str,
+    steps: int,
+    batch: int,
+    rows: list[list[int]],
+    clock: Clock,
+    stop: int | None,
 ) -> list[float]:
+    """The losses; with `stop`, of a run that was stopped after that step and has gone on."""
     import surgery
     from surgery.training.work import Line, Silent
 
     class Ticking(Silent):
-        def step(self, _line: Line) -> None:
+        def step(self, line: Line) -> None:
             clock.tick()
+            if line["step"] == stop and len(clock.wall) == stop:
+                signal.raise_signal(signal.SIGINT)
 
     data = Path(out).with_suffix(".jsonl")
     data.parent.mkdir(parents=True, exist_ok=True)
     data.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
-    surgery.train(
-        checkpoint,
-        data=data,
-        output=out,
-        method=method,
-        steps=steps,
-        batch_size=batch,
-        learning_rate=RATE[method],
-        schedule="constant",
-        seed=SEED,
-        save_every=steps,
-        hash=False,
-        device="cpu",
-        progress=Ticking(),
-    )
+    how: dict[str, Any] = {
+        "data": data, "output": out, "method": method, "steps": steps, "batch_size": batch,
+        "learning_rate": RATE[method], "schedule": "constant", "seed": SEED, "save_every": steps, "hash": False,
+        "device": "cpu",
+    }  # fmt: skip
+    if stop is not None:
+        try:
+            surgery.train(checkpoint, **how, progress=Ticking())
+        except KeyboardInterrupt:
+            pass
+        else:
+            raise SystemExit("The run was not stopped.")
+    surgery.train(checkpoint, **how, progress=Ticking())
     data.unlink()
     lines = [json.loads(line) for line in Path(out, "training", "log.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines]

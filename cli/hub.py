@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -107,20 +108,111 @@ def hub() -> None:
     epilog="""\b
 Examples:
   surgery hub list
+  surgery hub list --kind adapter --base lab/base --rank 8..64
+  surgery hub list --fits lab/base --sort size
   surgery hub list style --endpoint hf""",
 )
-@click.argument("search", metavar="[SEARCH]", required=False)
+@click.argument("words", metavar="[SEARCH]", required=False)
+@click.option("--search", help="Words in name, tags, base or family; SEARCH is the same.")
+@click.option("--kind", type=click.Choice(["adapter", "dense", "moe"]), help="What it is.")
+@click.option("--base", metavar="ID", help="What it was made from; found by its weights under other names too.")
+@click.option("--rank", metavar="N|N..M", help="Rank of an adapter's modules: 16, 8..64, 8.. or ..64.")
+@click.option("--target", "targets", multiple=True, metavar="MODULE", help="A module that it changes; may be repeated.")
+@click.option("--parameters", metavar="RANGE", help="How many it has: min:1M,max:2B, or one of the two.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="A tag as on the Hub; may be repeated.")
+@click.option("--fits", metavar="ID[@REVISION]", help="Adapters that fit this base by shape.")
+@click.option(
+    "--sort",
+    type=click.Choice(["updated", "created", "name", "parameters", "size"]),
+    help="Order.  [default: name, of a Hub updated]",
+)
 @_writing_to
 @reporting
-def list_(search: str | None, endpoint: str | None, as_json: bool, quiet: bool) -> None:
-    """List what a registry holds; with SEARCH, names with these letters."""
+def list_(
+    words: str | None, search: str | None, endpoint: str | None, as_json: bool, quiet: bool, **conditions: Any
+) -> None:
+    """List what a registry holds; of it, what meets every condition.
+
+    Rank, target, kind, fits and the like are known to the local registry and to a server of `surgery hub serve`; other
+    Hubs know tags.
+    """
     from surgery.cli import render_hub
     from surgery.cli.tables import show
+    from surgery.hub.browsing import Wanted, list_repositories
     from surgery.hub.endpoint import endpoint_of
-    from surgery.hub.listing import list_repositories
 
-    report = list_repositories(endpoint_of(endpoint), search)
+    wanted = Wanted(search=" ".join(part for part in (words, search) if part) or None, **conditions)
+    report = list_repositories(endpoint_of(endpoint), wanted)
     show(report, lambda console: render_hub.listed(console, report), as_json, quiet)
+
+
+@hub.command(
+    epilog="""\b
+Examples:
+  surgery hub lineage lab/base
+  surgery hub lineage lab/style --json"""
+)
+@click.argument("name", metavar="NAME")
+@_reading_from
+@reporting
+def lineage(name: str, endpoint: str | None, as_json: bool, quiet: bool) -> None:
+    """Show what a model was made from, and all that was made from it.
+
+    Links come from adapter_config.json and surgery.json, through renames, and by the hash of the weights.
+    """
+    from surgery.cli import render_lineage
+    from surgery.cli.tables import show
+    from surgery.hub.browsing import lineage as family_of
+    from surgery.hub.endpoint import endpoint_of
+
+    report = family_of(name, endpoint_of(endpoint))
+    show(report, lambda console: render_lineage.tree(console, report), as_json, quiet)
+
+
+@hub.command(
+    epilog="""\b
+Examples:
+  surgery hub fits lab/style lab/base
+  surgery hub fits adapter base --json"""
+)
+@click.argument("adapter", metavar="ADAPTER")
+@click.argument("base", metavar="BASE")
+@_reading_from
+@reporting
+def fits(adapter: str, base: str, endpoint: str | None, as_json: bool, quiet: bool) -> None:
+    """Say whether an adapter fits a base: by hash, by shape only, or not; and why.
+
+    Both are folders or ids. Reads headers, and a few small tensors where no hashes are known.
+    """
+    from surgery.cli import render_lineage
+    from surgery.cli.tables import show
+    from surgery.hub.browsing import fits as check
+    from surgery.hub.endpoint import endpoint_of
+
+    report = check(adapter, base, endpoint_of(endpoint))
+    show(report, lambda console: render_lineage.fit(console, report), as_json, quiet)
+
+
+@hub.command(
+    epilog="""\b
+Examples:
+  surgery hub reindex
+  surgery hub reindex --data registry --all"""
+)
+@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="The registry's folder.  [default: local]")
+@click.option("--all", "everything", is_flag=True, help="Also what this version examined.")
+@reporting
+def reindex(data: Path | None, everything: bool, as_json: bool, quiet: bool) -> None:
+    """Examine commits again that an earlier version examined, and hash weights that nobody has hashed.
+
+    Of every branch and tag the newest. A server does this by itself.
+    """
+    from surgery.cli import render_lineage
+    from surgery.cli.tables import show
+    from surgery.hub.reindexing import reindex as run
+
+    report = run(data, everything, make_progress(quiet))
+    show(report, lambda console: render_lineage.reindexed(console, report), as_json, quiet)
 
 
 @hub.command(

@@ -17,7 +17,7 @@ from surgery.cli.render_exchange import converted, linted
 from surgery.cli.render_look import adapter, checkpoint, compared, verified
 from surgery.cli.render_mixtures import upcycled
 from surgery.cli.render_training import trained
-from surgery.cli.tables import Reported, show
+from surgery.cli.tables import Reported, network, show
 
 # By the name of the report's class, so that nothing is imported to look it up.
 DRAWINGS: dict[str, Callable[[Console, Any, bool], None]] = {
@@ -44,4 +44,9 @@ DRAWINGS: dict[str, Callable[[Console, Any, bool], None]] = {
 def present(report: Reported, as_json: bool, quiet: bool, every: bool = False) -> None:
     """Print a report in the way that belongs to its class; with `every`, list all that it has."""
     draw = DRAWINGS[type(report).__name__]
-    show(report, lambda console: draw(console, report, every), as_json, quiet)
+
+    def drawn(console: Console) -> None:
+        draw(console, report, every)
+        network(console, getattr(report, "fetched", ()))
+
+    show(report, drawn, as_json, quiet)

@@ -10,10 +10,10 @@ from rich.console import Console
 from surgery.cli.formats import more, number, size
 from surgery.cli.tables import MOST_ROWS, facts, line, notes, table
 from surgery.hub.account import AccountReport
-from surgery.hub.listing import DeleteReport, InfoReport, ListReport
+from surgery.hub.browsing import ListReport
+from surgery.hub.listing import DeleteReport, InfoReport
 from surgery.hub.pull import PullReport
 from surgery.hub.push import PushReport
-from surgery.hub.server.run import NamespaceReport, TokenReport
 
 _ABBREVIATED = 12
 
@@ -156,17 +156,3 @@ def _span(ranks: tuple[int, ...] | list[int]) -> str:
 
 def _date(seconds: int | None) -> str:
     return "-" if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
-
-
-def namespace(console: Console, report: NamespaceReport) -> None:
-    """`hub user add`, `hub org add`."""
-    members = f" with {', '.join(report.members)}" if report.members else ""
-    console.print(f"Made the {report.kind} {report.name}{members}.", highlight=False)
-
-
-def token(console: Console, report: TokenReport) -> None:
-    """`hub token create`."""
-    where = f" for {report.repository}" if report.repository else ""
-    console.print(f"Made a token of {report.user} to {report.role}{where}.", highlight=False)
-    if report.token is not None:
-        console.print(f"Shown this once: {report.token}", highlight=False, soft_wrap=True)

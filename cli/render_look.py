@@ -57,10 +57,15 @@ def adapter(console: Console, report: AdapterReport, every: bool = False) -> Non
         ("base", report.base or "not named"),
         ("task", report.task or "not named"),
         ("size", _whole(report.total)),
-        ("ranks", ranks or "no factors"),
-        ("lora_alpha", str(report.alpha)),
-        ("targets", ", ".join(f"{name} ({count})" for name, count in report.targets.items())),
     ]
+    if report.method == "LORA":
+        pairs += [
+            ("ranks", ranks or "no factors"),
+            ("lora_alpha", str(report.alpha)),
+            ("targets", ", ".join(f"{name} ({count})" for name, count in report.targets.items())),
+        ]
+    else:
+        pairs.append(("method", report.method))
     if report.variants:
         pairs.append(("particulars", ", ".join(report.variants)))
     if report.saved:

@@ -17,6 +17,7 @@ from surgery.names import plain
 
 if TYPE_CHECKING:
     from surgery.operation import PlanSummary
+    from surgery.reports import Fetched
 
 Justify = Literal["left", "right"]
 
@@ -99,6 +100,18 @@ def plan(console: Console, summary: PlanSummary, output: str) -> None:
         ("tensors", f"{summary.tensors}, {summary.computed_tensors} of them computed"),
     ]
     console.print(facts([*pairs, *machine(summary)]))
+
+
+def network(console: Console, fetched: Iterable[Fetched]) -> None:
+    """What came from a Hub, and what nothing proves."""
+    for one in fetched:
+        line(console, f"Fetched {size(one.nbytes)} of {one.source} at {one.revision[:12]}.")
+        if one.unproved:
+            line(
+                console,
+                f"Note: no hash proves what was read of {', '.join(one.unproved)}, since not all of it was read, or "
+                "the Hub has no hash of it; `surgery pull` proves every file.",
+            )
 
 
 def machine(summary: PlanSummary) -> list[tuple[str, str]]:

@@ -26,6 +26,7 @@ import torch
 import transformers
 from peft import PeftModel
 from rich.table import Table
+from serving import fresh_token, hf, served
 from show import command, console, heading, steps
 from tiny_models import (
     Corpus,
@@ -91,6 +92,7 @@ MERGED_RANK = 16
 _MADE = (
     "base", "tuned", "merged", "restored", "linear-only", "budget", "exact", "tuned-again", "half-and-half", "resized",
     "pulled", "registry", "mixture", "dense-again", "learnt", "mixture-trained",
+    "from-registry", "from-server", "home",
 )  # fmt: skip
 
 
@@ -120,6 +122,7 @@ def main() -> None:
     upcycle_it()
     train_and_evaluate(scale)
     compare_losses(scale, pages)
+    serve(pages)
 
 
 def train_checkpoints(scale: Scale) -> Tokens:
@@ -281,6 +284,29 @@ def compare_losses(scale: Scale, pages: Tokens) -> None:
     console.print("bytes       of the adapter, or of the whole checkpoint")
     console.print("error       ||dW - B A|| / ||dW||, as the extraction states it")
     console.print("of the way  the part of the fall in loss from base to tuned that is there")
+
+
+def serve(pages: Tokens) -> None:
+    """The adapter and the mixture, pushed and pulled: first in the folder, then through a server over that folder."""
+    heading("The registry, with and without a server")
+    command("push mixture-trained lab/mixture --quiet")
+    command("pull lab/manual -o from-registry/manual --quiet")
+    command("pull lab/mixture -o from-registry/mixture --quiet")
+    token = fresh_token()
+    with served(Path("registry"), token) as endpoint:
+        console.print(f"\n[bold green]$[/bold green] [green]surgery hub serve --data registry &[/green]\n{endpoint}")
+        home = Path("home").absolute()
+        hf(f"upload admin/manual {_adapter(MERGED_RANK)}", endpoint, token, home)
+        hf("upload admin/mixture mixture-trained", endpoint, token, home)
+        for name in ("admin/manual", "lab/mixture"):
+            hf(f"download {name} --local-dir from-server/{name.partition('/')[2]}", endpoint, token, home)
+    console.print("\nBoth adapters as PEFT loads them, both mixtures as transformers does, on the held-out pages:")
+    for place in ("from-registry", "from-server"):
+        adapter, mixture = (
+            evaluate(_with_adapter(f"{place}/manual"), pages),
+            evaluate(_load_any(f"{place}/mixture"), pages),
+        )
+        console.print(f"{place}: adapter {_words(adapter)}, mixture {_words(mixture)}")
 
 
 def _write_rows(name: str, rows: Iterable[object]) -> None:

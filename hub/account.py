@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from surgery.errors import InputError
-from surgery.hub.remote import first_line, network_errors, patiently
+from surgery.hub.network import first_line, network_errors, patiently
 
 
 @dataclass(frozen=True)

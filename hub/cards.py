@@ -64,7 +64,9 @@ def card(readme: str, found: Examined, name: str) -> str:
         if is_adapter:
             front["base_model_relation"] = "adapter"
     front["library_name"] = "peft" if is_adapter else "transformers"
-    front["tags"] = ["lora", "checkpoint-surgery"] if facts.get("method") == "lora" else ["checkpoint-surgery"]
+    front["tags"] = (
+        ["lora", "checkpoint-surgery"] if facts.get("method") in ("lora", "dora") else ["checkpoint-surgery"]
+    )
     return with_section(readme, "\n".join(text), front)
 
 

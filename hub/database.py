@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from surgery.errors import FormatError, OutputError
@@ -22,12 +22,15 @@ _PATIENCE = 60.0
 class Database:
     """One object may be used from several threads; each transaction has the connection to itself.
 
-    A schema grows by steps, each a text of statements. Its number is how many of them a file has been through; a file
-    of an older version takes the missing ones, in one transaction, when it is opened to write. Steps only add: who only
-    reads an older file finds in it what was there then.
+    A schema grows by steps, each a text of statements, or a function where what is there has to be worked on. Its
+    number is how many of them a file has been through; a file of an older version takes the missing ones, in one
+    transaction, when it is opened to write. Steps only add: who only reads an older file finds in it what was there
+    then.
     """
 
-    def __init__(self, path: Path, steps: Sequence[str], create: bool = True) -> None:
+    def __init__(
+        self, path: Path, steps: Sequence[str | Callable[[sqlite3.Connection], None]], create: bool = True
+    ) -> None:
         self._path = path
         self._mutex = threading.RLock()
         with self._sqlite():
@@ -46,6 +49,9 @@ class Database:
                 with self._change():
                     # Another process may have come first.
                     for step in steps[self._version() :]:
+                        if callable(step):
+                            step(self._db)
+                            continue
                         for statement in step.split(";\n"):
                             self._db.execute(statement)
                     self._db.execute(f"PRAGMA user_version = {max(len(steps), self._version())}")

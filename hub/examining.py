@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 from surgery.adapter import Adapter, read_adapter
-from surgery.belonging import recorded_hashes, recorded_outputs, weights_id
+from surgery.belonging import recorded_hashes, recorded_outputs, recorded_tensors, weights_id
 from surgery.checkpoint import Checkpoint, read_adapter_files, read_checkpoint
 from surgery.errors import SurgeryError
 from surgery.folder import Folder
 from surgery.names import expert_of, layer_of
-from surgery.ops.inspection import inspect_checkpoint
+from surgery.ops.inspection import experts_of
 from surgery.patterns import compile_pattern
 from surgery.provenance import FILE_NAME, read_provenance
+from surgery.sites import Site, find_sites
 
 # Modules that hold the token embedding, as transformers' models store it.
 _EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+# A list among the facts has no more items than this.
+_MOST = 256
 
 
 @dataclass(frozen=True)
@@ -50,15 +54,20 @@ class Examined:
         return recorded_outputs(self.provenance)
 
 
-def examine(folder: Folder) -> Examined:
-    """Read the headers and configs of a folder. Raises what reading raises where it holds no weights at all."""
+def examine(folder: Folder, check: bool = True) -> Examined:
+    """Read the headers and configs of a folder. Raises what reading raises where it holds no weights at all.
+
+    Without `check` nothing is looked at but what the facts need, and there are no problems.
+    """
     names = set(folder.names())
     provenance = read_provenance(folder)
     whole = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"}
     if "adapter_config.json" in names and not names & whole:
-        found = _examine_adapter(folder, provenance)
+        found = _examine_adapter(folder, provenance, check)
     else:
-        found = _examine_checkpoint(read_checkpoint(folder), provenance)
+        found = _examine_checkpoint(read_checkpoint(folder), provenance, check)
+    if not check:
+        return found
     pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")))
     notes = (f"{', '.join(pickled)} may hold pickled code; safetensors cannot.",) if pickled else ()
     problems = (*found.problems, *_provenance_problems(found.files, provenance))
@@ -82,7 +91,7 @@ def _provenance_problems(files: Checkpoint, provenance: Mapping[str, object] | N
 # Adapters -------------------------------------------------------------------------------------------------------------
 
 
-def _examine_adapter(folder: Folder, provenance: Mapping[str, object] | None) -> Examined:
+def _examine_adapter(folder: Folder, provenance: Mapping[str, object] | None, check: bool) -> Examined:
     files = read_adapter_files(folder)
     base = files.config.get("base_model_name_or_path")
     revision = files.config.get("revision")
@@ -103,8 +112,29 @@ def _examine_adapter(folder: Folder, provenance: Mapping[str, object] | None) ->
         return Examined(files, facts, error.problems or (error.message,))
     ranks = sorted({_rank(adapter, lora.A.shape[0]) for lora in adapter.loras})
     targets = Counter(lora.module.rpartition(".")[2] for lora in adapter.loras)
-    facts |= {"ranks": ranks, "targets": sorted(targets), "modules": len(adapter.loras)}
-    return Examined(files, facts, tuple(_adapter_problems(adapter)))
+    facts |= {"ranks": ranks[:_MOST], "targets": sorted(targets)[:_MOST], "modules": len(adapter.loras)}
+    facts |= _shapes(_factor_shapes(adapter))
+    if any(lora.magnitude is not None for lora in adapter.loras):
+        facts["method"] = "dora"
+    return Examined(files, facts, tuple(_adapter_problems(adapter)) if check else ())
+
+
+def _factor_shapes(adapter: Adapter) -> Iterator[tuple[int, int]]:
+    """Rows and columns of the weights that factors are for; not of those that the adapter brings itself, resized."""
+    for lora in adapter.loras:
+        if f"{lora.module}.weight" not in adapter.saved:
+            yield prod(lora.A.shape[1:]), lora.B.shape[0]
+
+
+def _shapes(found: Iterable[tuple[int, int]]) -> dict[str, object]:
+    """Each shape once, either side first; none where there are too many to be of use."""
+    keys = {shape_key(*sides) for sides in found}
+    return {"shapes": sorted(keys)} if 0 < len(keys) <= _MOST else {}
+
+
+def shape_key(rows: int, columns: int) -> str:
+    """The two sides of a weight, the longer first, so that its orientation does not matter: `4096x1024`."""
+    return f"{max(rows, columns)}x{min(rows, columns)}"
 
 
 def _rank(adapter: Adapter, rows: int) -> int:
@@ -162,17 +192,32 @@ def _is_target(targets: list[str] | re.Pattern[str], module: str) -> bool:
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 
 
-def _examine_checkpoint(files: Checkpoint, provenance: Mapping[str, object] | None) -> Examined:
-    report = inspect_checkpoint(files)
-    facts = _common(files, "moe" if report.experts else "dense", provenance) | {
+def _examine_checkpoint(files: Checkpoint, provenance: Mapping[str, object] | None, check: bool) -> Examined:
+    sites = find_sites(files)
+    experts = experts_of(files, sites)
+    facts = _common(files, "moe" if experts else "dense", provenance) | {
         "family": files.model_type or None,
         "architecture": files.architecture or None,
         "base": _first_source(provenance, ("base", "merged", "checkpoint")),
     }
-    if report.experts:
-        facts["experts"] = report.experts.experts
+    if experts:
+        facts["experts"] = experts.experts
+    facts |= _shapes(_weight_shapes(files, sites))
+    if not check:
+        return Examined(files, facts, ())
     notes = () if files.config else ("There is no config.json, so the weights are checked against nothing.",)
     return Examined(files, facts, tuple(_config_problems(files)), notes)
+
+
+def _weight_shapes(files: Checkpoint, sites: Mapping[str, Site]) -> Iterator[tuple[int, int]]:
+    """Rows and columns of every weight, as transformers has it in memory and as it is stored."""
+    for site in sites.values():
+        yield site.out_features, site.in_features
+    for tensor in files.tensors.values():
+        if len(tensor.shape) > 1:
+            yield tensor.shape[0], prod(tensor.shape[1:])
+        if len(tensor.shape) == 3:  # a stack of experts
+            yield tensor.shape[1], tensor.shape[2]
 
 
 def _config_problems(files: Checkpoint) -> list[str]:
@@ -205,14 +250,16 @@ def _config_problems(files: Checkpoint) -> list[str]:
 
 
 def _common(files: Checkpoint, kind: str, provenance: Mapping[str, object] | None) -> dict[str, object]:
-    dtypes = Counter({tensor.dtype.name: 0 for tensor in files.tensors.values()})
+    dtypes, numbers = Counter[str](), Counter[str]()
     for tensor in files.tensors.values():
         dtypes[tensor.dtype.name] += tensor.nbytes
+        numbers[tensor.dtype.name] += tensor.numel
     facts: dict[str, object] = {
         "kind": kind,
         "parameters": files.parameters,
         "tensors": len(files.tensors),
         "dtype": dtypes.most_common(1)[0][0] if dtypes else None,
+        "dtypes": dict(sorted(numbers.items())),
     }
     if provenance is not None:
         facts["operation"] = str(provenance.get("operation"))
@@ -221,12 +268,14 @@ def _common(files: Checkpoint, kind: str, provenance: Mapping[str, object] | Non
 
 
 def _lineage(provenance: Mapping[str, object]) -> list[dict[str, str]]:
-    """Role, source and revision of each input."""
+    """Role, source and revision of each input, and the one hash of its tensors."""
     inputs = provenance.get("inputs")
     found = []
-    for item in inputs if isinstance(inputs, list) else []:
+    for item in inputs[:_MOST] if isinstance(inputs, list) else []:
         if isinstance(item, dict):
             kept = {key: item[key] for key in ("role", "source", "revision") if isinstance(item.get(key), str)}
+            if hashes := recorded_tensors(item.get("tensors")):
+                kept["weights"] = weights_id(hashes)
             found.append(kept)
     return found
 

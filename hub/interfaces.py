@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from surgery.errors import InputError, OutputError
+from surgery.hub.index import Index
 from surgery.hub.naming import RepositoryName
 from surgery.hub.xet.recipes import Recipe, StoredXorb
 from surgery.hub.xet.xorbs import XorbIndex
@@ -21,6 +22,12 @@ from surgery.source import Source
 
 BRANCHES = "refs/heads/"
 TAGS = "refs/tags/"
+PULLS = "refs/pr/"
+
+
+def full_ref(branch: str) -> str:
+    """The ref of a branch, or of a pull request, which is called by its whole ref."""
+    return branch if branch.startswith(PULLS) else BRANCHES + branch
 
 
 @dataclass(frozen=True, order=True)
@@ -74,6 +81,10 @@ class Repository:
     private: bool
     created: int
     updated: int
+
+
+# What is given a commit, its files, and the id that its parent has now; and returns what is to be there instead.
+Rewriting = Callable[[Commit, Sequence[FileEntry], str | None], tuple[Commit, Sequence[FileEntry]]]
 
 
 class ConflictError(InputError):
@@ -193,8 +204,8 @@ class Content(Protocol):
         ...
 
 
-class Metadata(Protocol):
-    """Repositories, commits and refs. Each method is one transaction: all of it happens, or nothing."""
+class Metadata(Index, Protocol):
+    """Repositories, commits, refs and their index. Each method is one transaction: all of it happens, or nothing."""
 
     def create(self, name: RepositoryName, kind: str, private: bool, time: int) -> Repository:
         """A new repository without commits. Raises `ConflictError` where one has the name, in any letter case."""
@@ -218,6 +229,10 @@ class Metadata(Protocol):
 
     def holding(self, sha256: str) -> Sequence[Repository]:
         """Every repository with a commit that refers to this content."""
+        ...
+
+    def used(self, namespace: str, more: Mapping[str, int]) -> int:
+        """Bytes of all content that commits of a namespace refer to, and of `more` (by SHA-256); each counted once."""
         ...
 
     def refs(self, name: RepositoryName, kind: str = "model") -> Mapping[str, str]:
@@ -244,7 +259,7 @@ class Metadata(Protocol):
 
         Args:
             name: of the repository.
-            branch: without `refs/heads/`.
+            branch: without `refs/heads/`; or `refs/pr/N`.
             expected: where the branch points now; None for a new one. Raises `ConflictError` if it is elsewhere.
             commit: with `parent` equal to `expected`, or any commit for a new branch.
             files: the whole tree, sorted by path.
@@ -252,6 +267,17 @@ class Metadata(Protocol):
                 collection of garbage overlaps; raises `ContentMissingError` if there are any.
             kind: `model` or `dataset`.
         """
+        ...
+
+    def rewrite(self, name: RepositoryName, kind: str, change: Rewriting) -> Collection[str]:
+        """Replace every commit of a repository; refs and pull requests follow.
+
+        Returns the SHA-256 sums that it referred to before.
+        """
+        ...
+
+    def prune(self, name: RepositoryName, kind: str = "model") -> int:
+        """Forget the commits of a repository that no ref leads to any more. Returns how many there were."""
         ...
 
     def history(self, name: RepositoryName, commit: str, kind: str = "model") -> Iterator[Commit]:

@@ -1,4 +1,4 @@
-"""What a registry holds: the list, one repository in detail, and its removal; in the local registry or on a Hub."""
+"""One repository in detail, and its removal; in the local registry or on a Hub. Lists are in `browsing`."""
 
 from __future__ import annotations
 
@@ -10,45 +10,13 @@ from typing import Any
 
 from surgery.errors import InputError, OutputError
 from surgery.hub.endpoint import HUGGING_FACE, Endpoint, configured
+from surgery.hub.index import OWNER
 from surgery.hub.interfaces import BRANCHES, TAGS
-from surgery.hub.naming import MAIN, parse_repository, parse_target
-from surgery.hub.store import Registry, Revision, existing_registry, iterate_history, registry_path
+from surgery.hub.naming import parse_repository, parse_target
+from surgery.hub.store import Registry, Revision, existing_registry, iterate_history
 
-# Commits that `info` shows, and models that a list from a Hub has.
+# Commits that `info` shows.
 MOST_COMMITS = 20
-MOST_MODELS = 100
-
-
-@dataclass(frozen=True)
-class ListedRepository:
-    """One line of a list. What is not known is null.
-
-    Attributes:
-        kind: `adapter`, `dense` or `moe`.
-        base: what an adapter, or an output of an operation, was made from.
-        ranks: of an adapter's modules, each once.
-        size: bytes of the newest commit.
-        updated: seconds since 1970.
-    """
-
-    name: str
-    kind: str | None
-    base: str | None
-    ranks: tuple[int, ...]
-    size: int | None
-    updated: int | None
-
-
-@dataclass(frozen=True)
-class ListReport:
-    """The repositories of a registry. `registry` is the local folder, or None for a Hub."""
-
-    endpoint: str
-    registry: str | None
-    repositories: tuple[ListedRepository, ...]
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -112,38 +80,6 @@ class DeleteReport:
 # The local registry ---------------------------------------------------------------------------------------------------
 
 
-def list_repositories(endpoint: Endpoint | None, search: str | None = None, root: Path | None = None) -> ListReport:
-    """Every repository of the local registry, or those of a Hub that `search` finds."""
-    chosen = endpoint or configured() or Endpoint(None)
-    if chosen.url is not None:
-        return _list_remote(chosen.url, search)
-    place = str(root or registry_path())
-    if (store := existing_registry(root)) is None:
-        return ListReport("local", place, ())
-    with store:
-        found = [
-            _listed(str(repository.name), store.head(repository.name, MAIN), repository.updated)
-            for repository in store.metadata.repositories()
-            if not search or search.lower() in repository.name.key
-        ]
-    return ListReport("local", place, tuple(found))
-
-
-def _listed(name: str, head: Revision | None, updated: int) -> ListedRepository:
-    if head is None:
-        return ListedRepository(name, None, None, (), None, updated)
-    facts = head.commit.facts
-    kind, base, ranks = facts.get("kind"), facts.get("base"), facts.get("ranks")
-    return ListedRepository(
-        name=name,
-        kind=kind if isinstance(kind, str) else None,
-        base=base if isinstance(base, str) else None,
-        ranks=tuple(ranks) if isinstance(ranks, list) else (),
-        size=head.nbytes,
-        updated=updated,
-    )
-
-
 def info(target: str, endpoint: Endpoint | None, root: Path | None = None) -> InfoReport:
     """Describe `NAME[@revision]`: in the local registry first, then at the configured endpoint."""
     name, revision = parse_target(target)
@@ -164,11 +100,8 @@ def info(target: str, endpoint: Endpoint | None, root: Path | None = None) -> In
 def _info_local(store: Registry, found: Revision) -> InfoReport:
     name = found.repository.name
     refs = store.metadata.refs(name)
-    derived = []
-    for other in store.metadata.repositories():
-        head = store.head(other.name, MAIN)
-        if head is not None and other.name != name and name.key in _sources(head.commit.facts):
-            derived.append(str(other.name))
+    edges = store.metadata.edges({name.key}, OWNER, up=False)
+    derived = dict.fromkeys(sorted(edge.child.name for edge in edges))
     return InfoReport(
         name=str(name),
         endpoint="local",
@@ -183,13 +116,6 @@ def _info_local(store: Registry, found: Revision) -> InfoReport:
         commits=tuple(ListedCommit(c.id, c.message, c.time) for c in iterate_history(store, found, MOST_COMMITS)),
         derived=tuple(derived),
     )
-
-
-def _sources(facts: Mapping[str, object]) -> set[str]:
-    """Names of what something was made from, in lower case."""
-    inputs = facts.get("inputs")
-    named = [item.get("source") for item in inputs if isinstance(item, dict)] if isinstance(inputs, list) else []
-    return {name.lower() for name in (*named, facts.get("base")) if isinstance(name, str)}
 
 
 def delete(target: str, endpoint: Endpoint, root: Path | None = None) -> DeleteReport:
@@ -207,31 +133,10 @@ def delete(target: str, endpoint: Endpoint, root: Path | None = None) -> DeleteR
 # A Hub ----------------------------------------------------------------------------------------------------------------
 
 
-def _list_remote(url: str, search: str | None) -> ListReport:
-    from huggingface_hub import HfApi
-
-    from surgery.hub.remote import first_line, network_errors, patiently
-
-    api = HfApi(endpoint=url)
-    try:
-        models = patiently(lambda: list(api.list_models(search=search, limit=MOST_MODELS, full=True)))
-    except network_errors() as error:
-        raise InputError(f"{url} cannot be reached ({first_line(error)}).") from error
-    return ListReport(url, None, tuple(_listed_remote(model) for model in models))
-
-
-def _listed_remote(model: Any) -> ListedRepository:
-    tags = model.tags or []
-    prefix = "base_model:adapter:"
-    base = next((tag.removeprefix(prefix) for tag in tags if tag.startswith(prefix)), None)
-    updated = int(model.last_modified.timestamp()) if model.last_modified else None
-    return ListedRepository(model.id, "adapter" if base else None, base, (), None, updated)
-
-
 def _info_remote(name: str, revision: str | None, url: str) -> InfoReport:
     from huggingface_hub import HfApi
 
-    from surgery.hub.remote import first_line, network_errors, patiently
+    from surgery.hub.network import first_line, network_errors, patiently
     from surgery.hub.remote_pull import HubCommit
 
     found = HubCommit.find(name, revision, url)
@@ -265,7 +170,7 @@ def _delete_remote(name: str, url: str) -> DeleteReport:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    from surgery.hub.remote import first_line, network_errors, patiently
+    from surgery.hub.network import first_line, network_errors, patiently
 
     api = HfApi(endpoint=url)
     try:

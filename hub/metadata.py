@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import FormatError, InputError
-from surgery.hub.database import Database
-from surgery.hub.interfaces import BRANCHES, Commit, ConflictError, ContentMissingError, FileEntry, Repository
-from surgery.hub.naming import RepositoryName
+from surgery.errors import FormatError, InputError, SurgeryError
+from surgery.hub.interfaces import (
+    BRANCHES,
+    PULLS,
+    Commit,
+    ConflictError,
+    ContentMissingError,
+    FileEntry,
+    Repository,
+    Rewriting,
+    full_ref,
+)  # fmt: skip
+from surgery.hub.naming import MAIN, RepositoryName
+from surgery.hub.sqlite_community import COMMUNITY
+from surgery.hub.sqlite_history import commit_of, forget_unreachable, record, rewrite_all
+from surgery.hub.sqlite_index import SqliteIndex, add_index, index_head, note_weights
 
 _TABLES = """
 CREATE TABLE repositories (
@@ -56,13 +68,22 @@ CREATE TABLE contents (
 CREATE INDEX contents_by_size ON contents (size);
 CREATE INDEX contents_by_tree ON contents (tree);
 """
+STEPS = (_TABLES, add_index, COMMUNITY)
 
 
-class SqliteMetadata(Database):
+class SqliteMetadata(SqliteIndex):
     """See the module. One object may be used from several threads; each transaction has the connection to itself."""
 
     def __init__(self, path: Path, create: bool = True) -> None:
-        super().__init__(path, (_TABLES,), create)
+        super().__init__(path, STEPS, create)
+        if not create:
+            self._bring_up_to_date()
+
+    def _bring_up_to_date(self) -> None:
+        """Give an older file the index if whoever only reads it may write to it too."""
+        if not self.has_index():
+            with contextlib.suppress(SurgeryError):
+                SqliteMetadata(self._path).close()
 
     # Repositories -----------------------------------------------------------------------------------------------------
 
@@ -76,6 +97,7 @@ class SqliteMetadata(Database):
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
                 row,
             )
+            self._remember(db, self._id(name, kind), name, kind)
             return Repository(name, kind, private, time, time)
 
     def _row(self, name: RepositoryName, kind: str) -> Any:
@@ -121,6 +143,12 @@ class SqliteMetadata(Database):
                 raise ConflictError(f"There is a {kind} called {_repository(found).name} already.")
             row = (new.namespace, new.name, new.key, number)
             db.execute("UPDATE repositories SET namespace = ?, name = ?, key = ? WHERE id = ?", row)
+            self._remember(db, number, new, kind)
+
+    def _remember(self, db: sqlite3.Connection, number: int, name: RepositoryName, kind: str) -> None:
+        """Let a name mean a repository from now on. Those that it had go on meaning it until another takes them."""
+        values = (kind, name.key, number)
+        db.execute("INSERT OR REPLACE INTO names (kind, key, repository) VALUES (?, ?, ?)", values)
 
     def set_private(self, name: RepositoryName, kind: str, private: bool) -> None:
         with self._change() as db:
@@ -134,6 +162,23 @@ class SqliteMetadata(Database):
                 (sha256,),
             ).fetchall()
         return [_repository(row) for row in rows]
+
+    def used(self, namespace: str, more: Mapping[str, int]) -> int:
+        inside = (
+            "FROM contents c JOIN commits USING (tree) JOIN repositories r ON r.id = commits.repository "
+            "WHERE lower(r.namespace) = ?"
+        )
+        with self._look() as db:
+            (total,) = db.execute(
+                f"SELECT COALESCE(SUM(size), 0) FROM (SELECT DISTINCT c.sha256, c.size {inside})", (namespace.lower(),)
+            ).fetchone()
+            query = f"SELECT 1 {inside} AND c.sha256 = ? LIMIT 1"
+            new = [
+                size
+                for sha256, size in more.items()
+                if db.execute(query, (namespace.lower(), sha256)).fetchone() is None
+            ]
+        return int(total) + sum(new)
 
     # Refs and commits -------------------------------------------------------------------------------------------------
 
@@ -167,10 +212,14 @@ class SqliteMetadata(Database):
             raise ConflictError(f"{ref} of {name} is at {found or 'no commit'}, expected {expected or 'no commit'}.")
         if commit is None:
             db.execute("DELETE FROM refs WHERE repository = ? AND name = ?", (number, ref))
+            if ref == BRANCHES + MAIN:
+                index_head(db, number)
             return
         if db.execute("SELECT 1 FROM commits WHERE repository = ? AND id = ?", (number, commit)).fetchone() is None:
             raise InputError(f"{name} has no commit {commit}.")
         db.execute("INSERT OR REPLACE INTO refs (repository, name, target) VALUES (?, ?, ?)", (number, ref, commit))
+        if ref == BRANCHES + MAIN:
+            index_head(db, number)
 
     def commit(
         self,
@@ -188,20 +237,22 @@ class SqliteMetadata(Database):
                 raise ContentMissingError(
                     f"{len(absent)} files of the commit to {name} are not stored.", sorted(absent)
                 )
-            added = db.execute(
-                "INSERT OR IGNORE INTO trees (id, entries) VALUES (?, ?)", (commit.tree, encode_tree(files))
-            )
-            if added.rowcount:
-                rows = {(entry.sha256, commit.tree, entry.size) for entry in files}
-                db.executemany("INSERT INTO contents (sha256, tree, size) VALUES (?, ?, ?)", sorted(rows))
-            facts = json.dumps(commit.facts, sort_keys=True)
-            db.execute(
-                "INSERT OR IGNORE INTO commits (repository, id, parent, tree, message, time, facts) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (number, commit.id, commit.parent, commit.tree, commit.message, commit.time, facts),
-            )
-            self._move(db, number, name, BRANCHES + branch, expected, commit.id)
+            record(db, number, commit, files)
+            if not branch.startswith(PULLS):  # what a stranger proposes says nothing of the repository
+                note_weights(db, number, commit.facts)
+            self._move(db, number, name, full_ref(branch), expected, commit.id)
             db.execute("UPDATE repositories SET updated = ? WHERE id = ?", (commit.time, number))
+
+    def rewrite(self, name: RepositoryName, kind: str, change: Rewriting) -> Collection[str]:
+        with self._change() as db:
+            number = self._id(name, kind)
+            contents = rewrite_all(db, number, change)
+            index_head(db, number)
+            return contents
+
+    def prune(self, name: RepositoryName, kind: str = "model") -> int:
+        with self._change() as db:
+            return forget_unreachable(db, self._id(name, kind))
 
     def history(self, name: RepositoryName, commit: str, kind: str = "model") -> Iterator[Commit]:
         following: str | None = commit
@@ -213,7 +264,7 @@ class SqliteMetadata(Database):
                 ).fetchone()
             if row is None:
                 raise InputError(f"{name} has no commit {following}.")
-            found = _commit(row)
+            found = commit_of(row)
             yield found
             following = found.parent
 
@@ -223,7 +274,7 @@ class SqliteMetadata(Database):
                 "SELECT id, parent, tree, message, time, facts FROM commits WHERE repository = ? ORDER BY time, id",
                 (self._id(name, kind),),
             ).fetchall()
-        return [_commit(row) for row in rows]
+        return [commit_of(row) for row in rows]
 
     def find_commit(self, name: RepositoryName, prefix: str, kind: str = "model") -> Commit | None:
         with self._look() as db:
@@ -232,7 +283,7 @@ class SqliteMetadata(Database):
                 "WHERE repository = ? AND id >= ? AND id < ? LIMIT 2",
                 (self._id(name, kind), prefix, prefix + "g"),
             ).fetchall()
-        return _commit(rows[0]) if len(rows) == 1 else None
+        return commit_of(rows[0]) if len(rows) == 1 else None
 
     def files(self, tree: str) -> Sequence[FileEntry]:
         with self._look() as db:
@@ -254,7 +305,9 @@ class SqliteMetadata(Database):
                 for sha256 in candidates
                 if db.execute("SELECT 1 FROM contents WHERE sha256 = ? LIMIT 1", (sha256,)).fetchone() is None
             ]
-            return [sha256 for sha256 in found if remove(sha256)]
+            removed = [sha256 for sha256 in found if remove(sha256)]
+            db.executemany("DELETE FROM tensor_hashes WHERE sha256 = ?", [(sha256,) for sha256 in removed])
+            return removed
 
     def trees(self) -> Collection[str]:
         """Every tree that a commit has."""
@@ -262,16 +315,6 @@ class SqliteMetadata(Database):
             return {tree for (tree,) in db.execute("SELECT id FROM trees").fetchall()}
 
 
-def encode_tree(files: Sequence[FileEntry]) -> str:
-    """The canonical text of a tree, whose SHA-256 is its id."""
-    return json.dumps([astuple(entry) for entry in files], ensure_ascii=True, separators=(",", ":"))
-
-
 def _repository(row: Any) -> Repository:
     _, kind, namespace, name, private, created, updated = row
     return Repository(RepositoryName(namespace, name), kind, bool(private), created, updated)
-
-
-def _commit(row: Any) -> Commit:
-    identity, parent, tree, message, time, facts = row
-    return Commit(identity, parent, tree, message, time, json.loads(facts))

@@ -81,6 +81,8 @@ def why_not_a_revision(text: str) -> str | None:
 def check_branch(name: str) -> None:
     """Raise `OptionError` for what may be a revision and may not be the name of a branch."""
     reason = "looks like the id of a commit" if COMMIT_ID.fullmatch(name) else why_not_a_revision(name)
+    if name.startswith("refs/"):
+        reason = "looks like a whole ref"
     if reason is not None:
         raise OptionError(f"{name!r} is not a name for a branch: it {reason}.")
 

@@ -147,6 +147,10 @@ class DataChecks:
         self._scans[path] = TensorScan(read_header(source))
         return [self._scans[path].update]
 
+    def hashes(self) -> Mapping[str, Mapping[str, str]]:
+        """The hash of each tensor, by path of its file."""
+        return {path: passed.hashes for path, passed in self._scans.items()}
+
     def facts(self) -> Mapping[str, object]:
         """The facts, with the one hash of all weights. Raises what is wrong with the data."""
         from surgery.belonging import weights_id

@@ -18,6 +18,7 @@ from surgery.execute import NoProgress, Progress
 from surgery.folder import LocalFolder
 from surgery.hub.content import LocalContent, LocalIncoming
 from surgery.hub.endpoint import Endpoint
+from surgery.hub.facts import stored_facts
 from surgery.hub.interfaces import Commit, ConflictError, ContentMissingError, FileEntry
 from surgery.hub.naming import MAIN, check_branch, parse_target
 from surgery.hub.parcel import CARD, MAX_CARD, DataChecks, Parcel, describe, pack, scan
@@ -140,7 +141,7 @@ def _push_local(store: Registry, parcel: Parcel, name: str, branch: str, options
     assert isinstance(content, LocalContent)
     # Content that another process collects between our finding it and our commit is brought in again.
     for _ in range(_TRIES):
-        entries, facts, stored = _ingest(store, content, parcel, options)
+        entries, facts, stored = _ingest(store, content, parcel, name, options)
         store.create(repository, options.private)
         try:
             commit, before = _commit(
@@ -185,7 +186,7 @@ def default_message(facts: Mapping[str, object]) -> str:
 
 
 def _ingest(
-    store: Registry, content: LocalContent, parcel: Parcel, options: PushOptions
+    store: Registry, content: LocalContent, parcel: Parcel, name: str, options: PushOptions
 ) -> tuple[dict[str, FileEntry], Mapping[str, object], int]:
     """Bring every file into the store. Returns the entries, the facts, and how many bytes were new."""
     free = free_bytes(store.root)
@@ -224,7 +225,13 @@ def _ingest(
                         added.keep(entries[path].sha256)
     finally:
         options.progress.stop()
-    return entries, facts, stored
+    known = {entries[path].sha256: hashes for path, hashes in checks.hashes().items()}
+    new = {sha256: hashes for sha256, hashes in known.items() if store.metadata.tensor_hashes(sha256) is None}
+    if new:
+        store.metadata.keep_tensor_hashes(new)
+    # As a server reads them, from what is stored; of what is only read here, such as .bin files, what was read.
+    read = stored_facts(store.content, store.metadata, sorted(entries.values()), name)
+    return entries, {**facts, **read} if "unread" in read else read, stored
 
 
 def _bring(

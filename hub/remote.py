@@ -6,144 +6,55 @@ huggingface_hub: endpoint, tokens, redirects, retries.
 
 from __future__ import annotations
 
-import sys
-import threading
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from functools import cached_property, partial
+import glob
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
-from surgery.errors import FormatError, InputError
-from surgery.folder import WEIGHT_SUFFIXES, LocalFolder
+from surgery.errors import InputError, IntegrityError
+from surgery.folder import SKIPPED_FOLDERS, WEIGHT_SUFFIXES, LocalFolder, read_json
 from surgery.hub.naming import check_paths
-from surgery.source import FileSource, NotAFile, Source
+from surgery.hub.network import first_line, network_errors, patiently
+from surgery.hub.range_source import RangeSource
+from surgery.hub.ranges import RangeReader
+from surgery.hub.traffic import Traffic, note_opened
+from surgery.hub.transfer import git_blob, pump
+from surgery.provenance import FILE_NAME
+from surgery.reports import Fetched
+from surgery.source import FileSource, Source
 
-Answer = TypeVar("Answer")
-
-# One request moves this much: small enough to hold several at once, large enough to hide the latency of a request.
-BLOCK_BYTES = 8 << 20
-# Of all files together: what reading ahead may take of memory does not grow with the number of shards.
-HELD_BLOCKS = 16
-# A header is fetched on its own, in one request where it is no longer than this.
-HEAD_BYTES = 64 << 10
-# What the client's own calls for a repository's description do not do: try again.
-_TRIES = 4
-_FIRST_PAUSE = 0.5  # seconds; doubles
-
-
-class BlockCache:
-    """The latest blocks of several files. A block that two threads want is fetched once."""
-
-    def __init__(self, limit: int = HELD_BLOCKS) -> None:
-        self._limit = limit
-        self._held: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
-        self._mutex = threading.Lock()
-
-    def get(self, key: tuple[str, int], fetch: Callable[[], bytes]) -> bytes:
-        """The block, from memory or by `fetch`."""
-        with self._mutex:
-            if (found := self._held.get(key)) is not None:
-                self._held.move_to_end(key)
-            else:
-                mine: Future[bytes] = Future()
-                self._held[key] = mine
-                while len(self._held) > self._limit:
-                    self._held.popitem(last=False)
-        if found is not None:
-            return found.result()
-        try:
-            mine.set_result(fetch())
-        except BaseException as error:
-            with self._mutex:
-                self._held.pop(key, None)
-            mine.set_exception(error)
-        return mine.result()
-
-
-class RangeSource(NotAFile):
-    """A file behind a URL, read in blocks by range requests."""
-
-    def __init__(self, url: str, name: str, size: int, cache: BlockCache | None = None) -> None:
-        self._url, self._name, self._size = url, name, size
-        self._cache = cache or BlockCache()
-        self._head = b""
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def size(self) -> int:
-        return self._size
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        view = buffer.cast("B")
-        if offset + len(view) > self._size:
-            raise FormatError(f"{self._name} has {self._size} bytes, too few for {len(view)} at {offset}.")
-        if offset == 0:
-            # Nothing but a header lies at the very start: fetch that, and not the weights behind it.
-            view[:] = self._start(len(view))
-            return
-        while view:
-            number, within = divmod(offset, BLOCK_BYTES)
-            begin, end = number * BLOCK_BYTES, min((number + 1) * BLOCK_BYTES, self._size)
-            block = self._cache.get((self._url, number), partial(self._fetch, begin, end))
-            count = min(len(view), len(block) - within)
-            view[:count] = block[within : within + count]
-            view, offset = view[count:], offset + count
-
-    def _start(self, count: int) -> bytes:
-        if count > len(self._head):
-            known = self._head
-            end = min(max(count, HEAD_BYTES), self._size)
-            self._head = known + self._fetch(len(known), end)
-        return self._head[:count]
-
-    def _fetch(self, begin: int, end: int) -> bytes:
-        # All three are documented as public.
-        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # not marked as exported for type checkers
-            build_hf_headers,
-            hf_raise_for_status,
-            http_backoff,
-        )
-
-        headers = build_hf_headers() | {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
-        try:
-            response = http_backoff("GET", self._url, headers=headers)
-            hf_raise_for_status(response)
-        except network_errors() as error:
-            raise InputError(f"{self._name} cannot be read at byte {begin}: {first_line(error)}.") from error
-        data: bytes = response.content
-        if response.status_code != 206 or len(data) != end - begin:
-            raise InputError(
-                f"{self._name}: the server answered a request for bytes {begin} to {end} with status "
-                f"{response.status_code} and {len(data)} bytes; it must support range requests."
-            )
-        return data
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
 
 
 class HubFolder:
-    """A model repository at one revision, on the Hub at `endpoint` (the configured one by default)."""
+    """A model repository at one commit, on the Hub at `endpoint` (the configured one by default).
+
+    What the revision means is asked once. All that is read is of that commit, wherever a branch goes meanwhile.
+    """
 
     def __init__(self, repository: str, revision: str | None, endpoint: str | None = None) -> None:
         self.repository = repository
         self._wanted = revision
         self._endpoint = endpoint
-        self._cache = BlockCache()
-        self._info = patiently(self._fetch_info)
-        check_paths(list(self._info[1]), self.label)
+        self._traffic = Traffic()
+        self._ranges: dict[str, RangeSource] = {}
+        self._by_tensors: set[str] = set()
+        self._commit, self._files = patiently(self._fetch_info)
+        check_paths(list(self._files), self.label)
+        note_opened(self)
 
-    def _fetch_info(self) -> tuple[str, dict[str, int | None]]:
-        """The commit, and the size of each file."""
+    def _fetch_info(self) -> tuple[str, dict[str, RepoSibling]]:
+        """The commit, and what is said of each file."""
         from huggingface_hub import HfApi
 
         info = HfApi(endpoint=self._endpoint).model_info(self.repository, revision=self._wanted, files_metadata=True)
         if info.sha is None:
             raise InputError(f"{self.label} has no commit.")
-        return info.sha, {item.rfilename: item.size for item in info.siblings or []}
+        return info.sha, {item.rfilename: item for item in info.siblings or []}
 
     @property
     def label(self) -> str:
@@ -151,11 +62,13 @@ class HubFolder:
 
     @property
     def provenance(self) -> Mapping[str, str]:
-        return {"source": self.repository, "revision": self._info[0]}
+        return {"source": self.repository, "revision": self._commit}
 
     @cached_property
     def _names(self) -> list[str]:
-        return sorted(name for name in self._info[1] if not name.split("/")[-1].startswith("."))
+        # As `LocalFolder` has them: without what is hidden, and without what belongs to a record.
+        shown = [name for name in self._files if not any(part.startswith(".") for part in name.split("/"))]
+        return sorted(name for name in shown if SKIPPED_FOLDERS.isdisjoint(name.split("/")[:-1]))
 
     def names(self) -> Sequence[str]:
         return self._names
@@ -163,17 +76,69 @@ class HubFolder:
     def open(self, name: str) -> Source:
         from huggingface_hub import hf_hub_url, try_to_load_from_cache
 
-        commit, sizes = self._info
-        if name not in sizes:
+        if name not in self._files:
             raise InputError(f"{self.label} has no file {name}.")
-        cached = try_to_load_from_cache(self.repository, name, revision=commit)
+        cached = try_to_load_from_cache(self.repository, name, revision=self._commit)
         if isinstance(cached, str):
             return FileSource(cached)
-        if name.endswith(WEIGHT_SUFFIXES) and not name.endswith((".json", ".bin")):
-            url = hf_hub_url(self.repository, name, revision=commit, endpoint=self._endpoint)
-            size = sizes[name]
-            return RangeSource(url, f"{self.label}/{name}", self._size(url) if size is None else size, self._cache)
-        return FileSource(self._download(name))
+        if not name.endswith(WEIGHT_SUFFIXES) or name.endswith((".json", ".bin")):
+            return FileSource(self._download(name))
+        if name not in self._ranges:
+            url = hf_hub_url(self.repository, name, revision=self._commit, endpoint=self._endpoint)
+            said = self._files[name]
+            size, sha256 = said.size, "" if said.lfs is None else said.lfs.sha256
+            reader = RangeReader(
+                url,
+                f"{self.label}/{name}",
+                self._size(url) if size is None else size,
+                self._traffic,
+                self._commit,
+                sha256,
+            )
+            self._ranges[name] = RangeSource(reader, self._commit, sha256)
+        return self._ranges[name]
+
+    def subfolder_files(self, name: str) -> Mapping[str, int]:
+        below = f"{name}/"
+        found = {path.removeprefix(below): item for path, item in self._files.items() if path.startswith(below)}
+        return {path: item.size or 0 for path, item in sorted(found.items())}
+
+    def subfolder(self, name: str) -> LocalFolder:
+        fetched = self.on_disk([f"{name}/{path}" for path in self.subfolder_files(name)])
+        return LocalFolder(fetched.path / name)
+
+    def on_disk(self, names: Sequence[str]) -> SnapshotFolder:
+        """Fetch files whole into the Hub's cache, as those programs need them that load models from a disk.
+
+        Raises:
+            InputError: one cannot be fetched.
+            IntegrityError: one has not the hash that the Hub gives it.
+        """
+        from huggingface_hub import snapshot_download, try_to_load_from_cache
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        missing = [
+            name
+            for name in names
+            if not isinstance(try_to_load_from_cache(self.repository, name, revision=self._commit), str)
+        ]
+
+        def fetch() -> str:
+            return snapshot_download(
+                self.repository,
+                revision=self._commit,
+                endpoint=self._endpoint,
+                allow_patterns=[glob.escape(name) for name in names],
+                local_files_only=not missing,
+            )
+
+        try:
+            place = patiently(fetch, LocalEntryNotFoundError)
+        except network_errors() as error:
+            raise InputError(f"{self.label} cannot be fetched: {first_line(_cause(error))}.") from error
+        for name in missing:
+            self._prove(name, Path(place) / name)
+        return SnapshotFolder(place, self.repository, self.label)
 
     def _download(self, name: str) -> str:
         """A small file, into the Hub's cache."""
@@ -181,13 +146,30 @@ class HubFolder:
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         def fetch() -> str:
-            return hf_hub_download(self.repository, name, revision=self._info[0], endpoint=self._endpoint)
+            return hf_hub_download(self.repository, name, revision=self._commit, endpoint=self._endpoint)
 
         try:
-            return patiently(fetch, LocalEntryNotFoundError)
+            place = patiently(fetch, LocalEntryNotFoundError)
         except network_errors() as error:
-            cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-            raise InputError(f"{self.label}/{name} cannot be fetched: {first_line(cause)}.") from error
+            raise InputError(f"{self.label}/{name} cannot be fetched: {first_line(_cause(error))}.") from error
+        self._prove(name, Path(place))
+        return place
+
+    def _prove(self, name: str, path: Path) -> None:
+        """Compare what came with the hash that the Hub gives: SHA-256 of what is in LFS, git's of everything else."""
+        said, source = self._files[name], FileSource(path)
+        self._traffic.count(source.size)
+        expected = said.blob_id if said.lfs is None else said.lfs.sha256
+        if not expected:
+            return
+        hasher = git_blob(source.size) if said.lfs is None else hashlib.sha256()
+        pump(source, [hasher.update], _no_advance)
+        if hasher.hexdigest() != expected:
+            os.unlink(path.resolve())  # the next run must not find it in the cache
+            raise IntegrityError(
+                f"{self.label}/{name} has the hash {hasher.hexdigest()}, expected {expected}: it was damaged on the "
+                "way, or where it is kept; nothing is written."
+            )
 
     def _size(self, url: str) -> int:
         """The length of a file that the repository's description does not give."""
@@ -200,6 +182,49 @@ class HubFolder:
         if size is None:
             raise InputError(f"{url}: the server does not say how long the file is, so it cannot be read in ranges.")
         return size
+
+    def prove(self, tensors: Sequence[tuple[str, Source, str | None]]) -> None:
+        """Hold what was read in ranges against the tensors' hashes in the repository's own `surgery.json`."""
+        doubtful = {id(source): name for name, source in self._ranges.items() if source.read and not source.proved}
+        if not doubtful or FILE_NAME not in self._files:
+            return
+        outputs = read_json(self.open(FILE_NAME)).get("outputs")
+        recorded = outputs if isinstance(outputs, dict) else {}
+        unknown: set[str] = set()
+        for tensor, source, digest in tensors:
+            if (file := doubtful.get(id(source))) is None:
+                continue
+            entry = recorded.get(tensor)
+            expected = entry.get("blake3") if isinstance(entry, dict) else None
+            if digest is None or expected is None:
+                unknown.add(file)
+            elif digest != expected:
+                raise IntegrityError(
+                    f"Tensor {tensor!r} of {self.label}/{file} has the hash {digest}, and {FILE_NAME} beside it has "
+                    f"{expected} on record: it was damaged on the way, or where it is kept; nothing is written."
+                )
+        self._by_tensors |= {*doubtful.values()} - unknown
+
+    @property
+    def fetched(self) -> Fetched:
+        """What came over the network so far, and what was proved of it."""
+        read = {name: source for name, source in self._ranges.items() if source.read}
+        proved = [name for name, source in read.items() if source.proved or name in self._by_tensors]
+        return Fetched(
+            source=self.repository,
+            revision=self._commit,
+            nbytes=self._traffic.nbytes,
+            proved=tuple(sorted(proved)),
+            unproved=tuple(sorted(read.keys() - {*proved})),
+        )
+
+
+def _no_advance(count: int) -> None:
+    """Nobody is told."""
+
+
+def _cause(error: Exception) -> Exception:
+    return error.__cause__ if isinstance(error.__cause__, Exception) else error
 
 
 def open_folder(repository: str, revision: str | None, endpoint: str | None = None) -> HubFolder | LocalFolder:
@@ -228,11 +253,16 @@ def open_folder(repository: str, revision: str | None, endpoint: str | None = No
     except RevisionNotFoundError as error:
         raise InputError(f"{repository} on {place} has no revision {revision!r}.") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise InputError(f"{label} is neither a local path nor a model on {place} that you may read.") from error
+        raise InputError(
+            f"{label} is neither a local path nor a model on {place} that you may read; if it is private, log in with "
+            "`hf auth login`, or set HF_TOKEN."
+        ) from error
     except network_errors() as error:
         failure = error
     try:
-        return _Snapshot(snapshot_download(repository, revision=revision, local_files_only=True), repository)
+        return SnapshotFolder(
+            snapshot_download(repository, revision=revision, local_files_only=True), repository, label
+        )
     except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise InputError(
             f"{label} is neither a local path nor in the local cache, and {place} cannot be reached "
@@ -240,54 +270,19 @@ def open_folder(repository: str, revision: str | None, endpoint: str | None = No
         ) from error
 
 
-class _Snapshot(LocalFolder):
+class SnapshotFolder(LocalFolder):
     """A snapshot in the Hub's cache: a local folder that goes by the name of its repository."""
 
-    def __init__(self, path: str, repository: str) -> None:
+    is_cache = True
+
+    def __init__(self, path: str, repository: str, label: str) -> None:
         super().__init__(path)
-        self._repository = repository
+        self._repository, self._label = repository, label
+
+    @property
+    def label(self) -> str:
+        return self._label
 
     @property
     def provenance(self) -> Mapping[str, str]:
         return {"source": self._repository, "revision": Path(self.path).name}
-
-
-def patiently(call: Callable[[], Answer], *also: type[Exception]) -> Answer:
-    """Call the Hub, again where it was busy or the line broke; `also` are other errors worth another try."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    pause = _FIRST_PAUSE
-    for _ in range(_TRIES - 1):
-        try:
-            return call()
-        except OfflineModeIsEnabled:
-            raise
-        except (*network_errors(), *also) as error:
-            response = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
-            if response is not None and response.status_code not in (408, 429, 500, 502, 503, 504):
-                raise
-            if response is None and not isinstance(error, (*also, *_line_errors())):
-                raise
-        time.sleep(pause)
-        pause *= 2
-    return call()
-
-
-def _line_errors() -> tuple[type[Exception], ...]:
-    """What a connection that breaks or is refused raises, by the HTTP library that the Hub's client uses."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    library = sys.modules[HfHubHTTPError.__bases__[0].__module__.partition(".")[0]]
-    return (library.TransportError,)
-
-
-def network_errors() -> tuple[type[Exception], ...]:
-    """What a failed request raises: the Hub client's own error, and whatever its HTTP library has for errors."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return (OSError, HfHubHTTPError, *HfHubHTTPError.__bases__)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, without its full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 
 from surgery.errors import InputError
 from surgery.hub.interfaces import FileEntry
-from surgery.hub.remote import BlockCache, RangeSource, first_line, network_errors, patiently
+from surgery.hub.network import first_line, network_errors, patiently
+from surgery.hub.range_source import RangeSource
+from surgery.hub.ranges import RangeReader
+from surgery.hub.traffic import Traffic
 from surgery.source import BytesSource, Source
 
 
@@ -20,7 +23,7 @@ class HubCommit:
     endpoint: str
     files: Sequence[FileEntry]
     private: bool = False
-    _cache: BlockCache = field(default_factory=lambda: BlockCache(2), repr=False, compare=False)
+    _traffic: Traffic = field(default_factory=Traffic, repr=False, compare=False)
 
     @classmethod
     def find(cls, name: str, revision: str | None, endpoint: str) -> HubCommit:
@@ -60,4 +63,8 @@ class HubCommit:
         if not entry.size:
             return BytesSource(f"{self.name}/{entry.path}", b"")
         url = hf_hub_url(self.name, entry.path, revision=self.commit, endpoint=self.endpoint)
-        return RangeSource(url, f"{self.name}/{entry.path}", entry.size, self._cache)
+        # Whoever pulls hashes what comes, so the source need not.
+        reader = RangeReader(url, f"{self.name}/{entry.path}", entry.size, self._traffic, self.commit)
+        source = RangeSource(reader, self.commit)
+        source.expect([(0, entry.size)])
+        return source

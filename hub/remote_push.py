@@ -13,9 +13,9 @@ from surgery.errors import InputError, OutputError
 from surgery.folder import LocalFolder
 from surgery.hub.interfaces import FileEntry
 from surgery.hub.naming import MAIN, RepositoryName
+from surgery.hub.network import first_line, network_errors, patiently
 from surgery.hub.parcel import CARD, pack, scan
 from surgery.hub.push import PushedFile, PushOptions, PushReport, default_message
-from surgery.hub.remote import first_line, network_errors, patiently
 from surgery.source import BytesSource
 
 # Made by the Hub itself, and kept where a folder has none.

@@ -16,7 +16,7 @@ from surgery.checkpoint import (
     read_foreign_adapter,
 )
 from surgery.errors import InputError
-from surgery.folder import Folder, LocalFolder, read_json
+from surgery.folder import Below, Folder, LocalFolder, read_json
 from surgery.source import kind_of
 
 # Folders of a diffusers pipeline that LoRAs act on.
@@ -93,25 +93,51 @@ def resolve_config(reference: Reference | Checkpoint) -> tuple[str, Mapping[str,
     raise InputError(f"{place.label} has no config.json, which says what model it is.")
 
 
+def stored(checkpoint: Checkpoint) -> Checkpoint:
+    """The same checkpoint on a disk, for what loads models from there; one on a Hub is fetched into the Hub's cache."""
+    from surgery.hub.remote import HubFolder
+
+    folder = checkpoint.folder
+    if not isinstance(folder, HubFolder):
+        return checkpoint
+    files = {*checkpoint.weights.names, checkpoint.weights.index, *checkpoint.carried, "config.json", "surgery.json"}
+    return read_checkpoint(folder.on_disk([name for name in folder.names() if name in files]))
+
+
+def adapter_on_disk(reference: Reference) -> LocalFolder | None:
+    """The folder of the adapter of any kind that an id means, on a disk; None for a path."""
+    from surgery.hub.remote import HubFolder
+
+    folder = _folder_of_id(reference)
+    if isinstance(folder, HubFolder):
+        return folder.on_disk(folder.names())
+    return folder if isinstance(folder, LocalFolder) else None
+
+
 def resolve_bases(reference: Reference | Checkpoint | None) -> dict[str, Checkpoint]:
-    """The model that names are looked up in, under ``""``; of a pipeline on disk each component under its name."""
+    """The model that names are looked up in, under ``""``; of a pipeline each component under its name."""
     if reference is None:
         return {}
     if isinstance(reference, Checkpoint):
         return {"": reference}
-    place = Path(reference)
-    if not (place / "model_index.json").is_file():
+    place: Folder | None = _folder_of_id(reference)
+    if place is None and Path(reference).is_dir():
+        place = LocalFolder(reference)
+    if place is None or "model_index.json" not in place.names():
         return {"": resolve_checkpoint(reference)}
-    found = {name: place / name for name in COMPONENTS if (place / name).is_dir()}
-    if not found:
-        raise InputError(f"{place} is a pipeline without {', '.join(COMPONENTS[:3])} or another part known here.")
-    return {name: open_checkpoint(folder) for name, folder in found.items()}
+    parts = {name.partition("/")[0] for name in place.names() if "/" in name}
+    if not parts.intersection(COMPONENTS):
+        raise InputError(f"{place.label} is a pipeline without {', '.join(COMPONENTS[:3])} or another part known here.")
+    names = [name for name in COMPONENTS if name in parts]
+    if isinstance(place, LocalFolder):
+        return {name: open_checkpoint(place.path / name) for name in names}
+    return {name: read_checkpoint(Below(place, name)) for name in names}
 
 
 def is_adapter(reference: Reference) -> bool:
     """Whether a path or id means an adapter: a folder with `adapter_config.json` and without a checkpoint's weights."""
     if (folder := _folder_of_id(reference)) is not None:
-        return _holds_adapter(folder.names())
+        return _holds_adapter(folder.names()) or "surgery_method.json" in folder.names()
     if kind_of(Path(reference)) != "folder":
         return False
     return _holds_adapter([path.name for path in Path(reference).iterdir()])

@@ -47,11 +47,13 @@ class TensorScan:
     """Takes a file's bytes in order, from the first on. Afterwards it knows the hashes, and who has what is no number.
 
     Attributes:
+        finite: whether to look for what is no number.
         nonfinite: names of tensors with a NaN or an infinity.
         hashes: BLAKE3-256 of each tensor.
     """
 
     header: Header
+    finite: bool = True
     nonfinite: list[str] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
 
@@ -80,7 +82,7 @@ class TensorScan:
 
     def _take(self, info: TensorInfo, part: memoryview) -> None:
         self._hash.update(part)
-        if self._found or not info.dtype.floating:
+        if self._found or not self.finite or not info.dtype.floating:
             return
         width = max(info.dtype.bits // 8, 1)
         if self._carry:

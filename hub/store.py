@@ -20,7 +20,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,9 +29,21 @@ from surgery.errors import FormatError, InputError, OutputError
 from surgery.folder import LocalFolder
 from surgery.hashing import cache_folder
 from surgery.hub.content import LocalContent, disk
-from surgery.hub.interfaces import BRANCHES, TAGS, Commit, ConflictError, Content, FileEntry, Metadata, Repository
-from surgery.hub.metadata import SqliteMetadata, encode_tree
+from surgery.hub.interfaces import (
+    BRANCHES,
+    PULLS,
+    TAGS,
+    Commit,
+    ConflictError,
+    Content,
+    FileEntry,
+    Metadata,
+    Repository,
+    full_ref,
+)
+from surgery.hub.metadata import SqliteMetadata
 from surgery.hub.naming import MAIN, RepositoryName, check_branch
+from surgery.hub.sqlite_history import encode_tree
 from surgery.hub.transfer import pump, write_all
 from surgery.source import Source
 from surgery.writer import sync
@@ -107,7 +119,7 @@ class Registry:
     def head(self, name: RepositoryName, branch: str, kind: str = "model") -> Revision | None:
         """The newest commit of a branch, or None where there is none."""
         repository = self.metadata.find(name, kind)
-        if repository is None or (target := self.metadata.refs(name, kind).get(BRANCHES + branch)) is None:
+        if repository is None or (target := self.metadata.refs(name, kind).get(full_ref(branch))) is None:
             return None
         commit = next(iter(self.metadata.history(name, target, kind)))
         return Revision(repository, commit, tuple(self.metadata.files(commit.tree)))
@@ -182,17 +194,67 @@ class Registry:
         facts: Mapping[str, object],
         kind: str = "model",
     ) -> Commit:
-        """Commit a whole tree on top of `expected`, where the branch has to be.
+        """Commit a whole tree on top of `expected`, where the branch has to be; it may also be a `refs/pr/N`.
 
         A new branch of a repository that has others begins with this commit: its parent is None.
         """
-        check_branch(branch)
+        if not branch.startswith(PULLS):
+            check_branch(branch)
         ordered = sorted(files)
         tree = tree_id(ordered)
         now = int(time.time())
         commit = Commit(commit_id(tree, expected, message, now), expected, tree, message, now, facts)
         self.metadata.commit(name, branch, expected, commit, ordered, self._missing, kind)
         return commit
+
+    def squash(self, name: RepositoryName, branch: str, message: str, kind: str = "model") -> Commit | None:
+        """Make the newest commit of a branch its only one. Others stay where another ref leads to them.
+
+        Returns the new commit, or None where there is no such branch. Raises `ConflictError` where the branch moves.
+        """
+        head = self.head(name, branch, kind)
+        if head is None:
+            return None
+        tree, now = head.commit.tree, int(time.time())
+        commit = Commit(commit_id(tree, None, message, now), None, tree, message, now, head.commit.facts)
+        self.metadata.commit(name, branch, head.commit.id, commit, head.files, self._missing, kind)
+        self.metadata.prune(name, kind)
+        self._clear_snapshots()
+        return commit
+
+    def drop(
+        self,
+        name: RepositoryName,
+        kind: str,
+        contents: Collection[str],
+        facts: Callable[[Sequence[FileEntry]], Mapping[str, object]],
+    ) -> int:
+        """Take content out of every commit of a repository, which gives new ids to all from the first that had it on.
+
+        Args:
+            name: of the repository.
+            kind: `model` or `dataset`.
+            contents: SHA-256 sums.
+            facts: what the files of a commit are.
+
+        Returns:
+            Bytes freed: of what no other repository has.
+        """
+
+        def change(
+            commit: Commit, files: Sequence[FileEntry], parent: str | None
+        ) -> tuple[Commit, Sequence[FileEntry]]:
+            kept = [entry for entry in files if entry.sha256 not in contents]
+            if len(kept) == len(files) and parent == commit.parent:
+                return commit, files
+            known = commit.facts if len(kept) == len(files) else facts(kept)
+            tree = tree_id(kept)
+            identity = commit_id(tree, parent, commit.message, commit.time)
+            return Commit(identity, parent, tree, commit.message, commit.time, known), kept
+
+        freed = self._sweep(set(self.metadata.rewrite(name, kind, change)) & set(contents))
+        self._clear_snapshots()
+        return freed
 
     def _missing(self, digests: Collection[str]) -> list[str]:
         return [sha256 for sha256 in digests if self.content.size(sha256) is None]

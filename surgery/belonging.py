@@ -51,15 +51,16 @@ def recorded_hashes(provenance: Mapping[str, object] | None, role: str) -> tuple
     if len(found) != 1:
         return {}, None
     source = found[0].get("source")
-    return _hashes(found[0].get("tensors")), source if isinstance(source, str) else None
+    return recorded_tensors(found[0].get("tensors")), source if isinstance(source, str) else None
 
 
 def recorded_outputs(provenance: Mapping[str, object] | None) -> Mapping[str, str]:
     """The hash of each tensor that an operation wrote."""
-    return _hashes(provenance.get("outputs") if provenance is not None else None)
+    return recorded_tensors(provenance.get("outputs") if provenance is not None else None)
 
 
-def _hashes(tensors: object) -> Mapping[str, str]:
+def recorded_tensors(tensors: object) -> Mapping[str, str]:
+    """The hash of each tensor of an entry of `surgery.json` that has one."""
     if not isinstance(tensors, dict):
         return {}
     return {

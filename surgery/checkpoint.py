@@ -7,7 +7,7 @@ Nothing here knows an architecture. Names and shapes come from the safetensors h
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -119,11 +119,34 @@ class Checkpoint:
         value = self.config.get("architectures")
         return value[0] if isinstance(value, list) and value and isinstance(value[0], str) else ""
 
+    def record(self, name: str) -> Mapping[str, int]:
+        """The files of a record beside the weights (`undo`, `exact`) with their sizes; empty where there is none."""
+        if self.path is not None and not self.path.is_dir():
+            return {}  # a lone file brings its tensors only
+        return self.folder.subfolder_files(name)
+
     @cached_property
     def text_config(self) -> Mapping[str, object]:
         """The config of the language model: nested in that of a multimodal model, else the config itself."""
         nested = self.config.get("text_config")
         return nested if isinstance(nested, dict) else self.config
+
+
+def expect(tensors: Iterable[StoredTensor]) -> None:
+    """Tell the sources of tensors what is going to be read of them, in this order; see `Source.expect`."""
+    ranges: dict[int, list[tuple[int, int]]] = {}
+    sources: dict[int, Source] = {}
+    for tensor in tensors:
+        sources[id(tensor.source)] = tensor.source
+        ranges.setdefault(id(tensor.source), []).append((tensor.offset, tensor.offset + tensor.nbytes))
+    for number, source in sources.items():
+        source.expect(ranges[number])
+
+
+def expect_nothing(tensors: Iterable[StoredTensor]) -> None:
+    """Tell the sources of tensors that what was announced is over."""
+    for source in {id(tensor.source): tensor.source for tensor in tensors}.values():
+        source.expect(())
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

@@ -9,18 +9,19 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from surgery.checkpoint import StoredTensor
+from surgery.checkpoint import StoredTensor, expect, expect_nothing
 from surgery.errors import OptionError
 from surgery.hashing import HashBook, hash_tensor, new_hash
 from surgery.header import build_header
 from surgery.layout import TensorSpec
 from surgery.plan import Plan, Step, StepResult
+from surgery.sharing import Copies, TensorCache
 from surgery.tiling import tiles
 from surgery.writer import Staging
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from blake3 import blake3
 
 _COPY_CHUNK = 64 << 20
+_FETCH_CHUNK = 2 << 20
 
 
 class Progress(Protocol):
@@ -115,12 +117,14 @@ def execute(plan: Plan, staging: Staging, settings: Settings, hashes: HashBook, 
     pending = [step for step in plan.steps if step.name not in known]
     fresh: dict[str, Outcome] = {}
     settings.progress.start(_work(pending, hashes), label)
+    expect(tensor for step in pending for tensor in step.reads)
     try:
         with one_torch_thread() if plan.computes else contextlib.nullcontext():
             _run_all(pending, staging, settings, hashes, fresh)
     finally:
         settings.progress.stop()
         hashes.save()
+        expect_nothing(tensor for step in pending for tensor in step.reads)
     carried = [source for _, source in plan.carried]
     for source in {id(source): source for source in (*(t.source for t in plan.inputs), *carried)}.values():
         source.check_unchanged()
@@ -134,7 +138,8 @@ def _work(steps: list[Step], hashes: HashBook) -> int:
     for step in steps:
         total += sum(tensor.nbytes for tensor in step.reads)
         if hashes.enabled and not step.computes:
-            total += sum(tensor.nbytes for tensor in step.reads if hashes.get(tensor) is None)
+            apart = [tensor for tensor in step.reads if tensor.source.fileno() is not None]
+            total += sum(tensor.nbytes for tensor in apart if hashes.get(tensor) is None)
     return total
 
 
@@ -150,7 +155,7 @@ def _run_all(
     steps: list[Step], staging: Staging, settings: Settings, hashes: HashBook, fresh: dict[str, Outcome]
 ) -> None:
     cancelled = threading.Event()
-    cache = TensorCache()
+    cache, copies = TensorCache(), Copies()
     local = threading.local()
 
     def work(step: Step) -> None:
@@ -158,7 +163,7 @@ def _run_all(
             return
         if not hasattr(local, "buffers"):
             local.buffers = {}
-        io = StepIO(staging, settings, hashes, cancelled, local.buffers, cache)
+        io = StepIO(staging, settings, hashes, cancelled, local.buffers, cache, copies)
         with contextlib.suppress(Cancelled):
             result = step.run(io)
             fresh[step.name] = io.finish(step, result)
@@ -181,25 +186,6 @@ def _run_all(
             future.result()
 
 
-class TensorCache:
-    """Tensors that several steps read, such as the stacked factors of a layer's experts; the latest, up to a limit."""
-
-    def __init__(self, limit: int = 256 << 20) -> None:
-        self._limit = limit
-        self._held: OrderedDict[tuple[str, str, int, str], torch.Tensor] = OrderedDict()
-        self._mutex = threading.Lock()
-
-    def get(self, tensor: StoredTensor, load: Callable[[StoredTensor], torch.Tensor]) -> torch.Tensor:
-        """The tensor, read with `load` if it is not at hand. It is shared: not to be written to."""
-        with self._mutex:
-            if tensor.key not in self._held:
-                self._held[tensor.key] = load(tensor)
-                while len(self._held) > 1 and sum(held.nbytes for held in self._held.values()) > self._limit:
-                    self._held.popitem(last=False)
-            self._held.move_to_end(tensor.key)
-            return self._held[tensor.key]
-
-
 class StepIO:
     """What a step sees of the world. Every byte it reads or writes passes here, and is hashed and counted here."""
 
@@ -211,6 +197,7 @@ class StepIO:
         cancelled: threading.Event,
         buffers: dict[str, torch.Tensor],
         cache: TensorCache,
+        copies: Copies,
     ) -> None:
         self.device = settings.device
         self._staging = staging
@@ -219,6 +206,7 @@ class StepIO:
         self._cancelled = cancelled
         self._buffers = buffers
         self._cache = cache
+        self._copies = copies
         self._writing: dict[str, tuple[int, blake3 | None]] = {}
         self._copied: set[str] = set()
         self._outputs: dict[str, str] = {}
@@ -338,7 +326,16 @@ class StepIO:
         self._writing[output.name] = (position + len(data), hasher)
 
     def copy(self, output: TensorSpec, source: StoredTensor) -> None:
-        """Copy a stored tensor to an output tensor of the same bytes; it is read a second time only to be hashed."""
+        """Copy a stored tensor to an output tensor of the same bytes; it is read a second time only to be hashed.
+
+        What is no local file is read once, hashed on the way, however many copies there are.
+        """
+        if source.source.fileno() is None:
+            self._copies.make(source, output.name, partial(self._fetch, source), self._repeat)
+            self._copied.add(output.name)
+            if self._hashes.enabled:
+                self._outputs[output.name] = self._hashes.require(source)
+            return
         for begin in range(0, source.nbytes, _COPY_CHUNK):
             end = min(begin + _COPY_CHUNK, source.nbytes)
             self._staging.copy(output.name, source, begin, end)
@@ -349,6 +346,24 @@ class StepIO:
                 digest = hash_tensor(source, self._advance)
                 self._hashes.put(source, digest)
             self._outputs[output.name] = digest
+
+    def _fetch(self, source: StoredTensor, output: str) -> None:
+        """Write a stored tensor to an output tensor, through memory."""
+        hasher = new_hash() if self._hashes.enabled and self._hashes.get(source) is None else None
+        view = memoryview(bytearray(min(_FETCH_CHUNK, source.nbytes)))
+        for begin in range(0, source.nbytes, _FETCH_CHUNK):
+            part = view[: min(_FETCH_CHUNK, source.nbytes - begin)]
+            source.source.read_into(source.offset + begin, part)
+            if hasher is not None:
+                hasher.update(part)
+            self._staging.write(output, begin, part)
+            self._advance(len(part))
+        if hasher is not None:
+            self._hashes.put(source, hasher.hexdigest())
+
+    def _repeat(self, written: str, output: str) -> None:
+        """Copy an output tensor to another."""
+        self._advance(self._staging.copy_written(written, output))
 
     def hash(self, tensor: StoredTensor) -> str:
         """The hash of a stored tensor, read for nothing else."""

@@ -25,7 +25,8 @@ WEIGHT_SUFFIXES = (
     ".tflite", ".ot", ".npz", ".pkl", ".safetensors.index.json", ".bin.index.json", ".h5.index.json",
     ".msgpack.index.json",
 )  # fmt: skip
-_SKIPPED_FOLDERS = {"__pycache__", "undo", "exact"}
+# Caches, and what `merge --reversible` and `extract --exact` keep: no part of the model.
+SKIPPED_FOLDERS = {"__pycache__", "undo", "exact"}
 _SERIES = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?P<suffix>safetensors|bin)")
 
 
@@ -48,9 +49,37 @@ class Folder(Protocol):
 
     def open(self, name: str) -> Source: ...
 
+    def subfolder_files(self, name: str) -> Mapping[str, int]:
+        """The files of a record (`undo`, `exact`) with their sizes, by their paths in it; empty where there is none."""
+        ...
+
+    def subfolder(self, name: str) -> LocalFolder:
+        """A record that there is, on disk."""
+        ...
+
+    def prove(self, tensors: Sequence[tuple[str, Source, str | None]]) -> None:
+        """Be told what was read, with hashes where they are known; raise `IntegrityError` if it is not what it was."""
+        ...
+
+
+class WithoutRecords:
+    """What a folder has to say of records if it has none."""
+
+    def subfolder_files(self, name: str) -> Mapping[str, int]:  # noqa: ARG002 - there are none, whatever the name
+        return {}
+
+    def subfolder(self, name: str) -> LocalFolder:
+        raise InputError(f"There is no folder {name} here.")
+
+    def prove(self, tensors: Sequence[tuple[str, Source, str | None]]) -> None:
+        pass
+
 
 class LocalFolder:
     """A folder on disk. Links are followed only while they stay in the folder, or in the Hub cache it belongs to."""
+
+    # Whether it is a cache's, so that no output may refer to it by its path.
+    is_cache = False
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -68,7 +97,7 @@ class LocalFolder:
     def names(self) -> Sequence[str]:
         found = []
         for parent, folders, files in os.walk(self.path):
-            folders[:] = [name for name in folders if not name.startswith(".") and name not in _SKIPPED_FOLDERS]
+            folders[:] = [name for name in folders if not name.startswith(".") and name not in SKIPPED_FOLDERS]
             here = Path(parent).relative_to(self.path)
             linked = [name for name in folders if (Path(parent) / name).is_symlink()]  # not walked into, nor forgotten
             found += [(here / name).as_posix() for name in (*files, *linked)]
@@ -76,6 +105,17 @@ class LocalFolder:
 
     def open(self, name: str) -> FileSource:
         return FileSource(self.path / name)
+
+    def subfolder_files(self, name: str) -> Mapping[str, int]:
+        place = self.path / name
+        found = sorted(path for path in place.rglob("*") if path.is_file())
+        return {path.relative_to(place).as_posix(): path.stat().st_size for path in found}
+
+    def subfolder(self, name: str) -> LocalFolder:
+        return LocalFolder(self.path / name)
+
+    def prove(self, tensors: Sequence[tuple[str, Source, str | None]]) -> None:
+        pass  # `verify` does that, on request
 
     def stays_inside(self, name: str) -> bool:
         """Whether a name is a regular file in the folder, or in the `blobs` of the Hub cache that it is a view of."""
@@ -112,6 +152,40 @@ class Overlay:
         if name in self.contents:
             return BytesSource(f"{self.label}/{name}", self.contents[name])
         return self.under.open(name)
+
+    def subfolder_files(self, name: str) -> Mapping[str, int]:
+        return self.under.subfolder_files(name)
+
+    def subfolder(self, name: str) -> LocalFolder:
+        return self.under.subfolder(name)
+
+    def prove(self, tensors: Sequence[tuple[str, Source, str | None]]) -> None:
+        self.under.prove(tensors)
+
+
+@dataclass(frozen=True)
+class Below(WithoutRecords):
+    """A folder in a folder: a component of a pipeline."""
+
+    above: Folder
+    name: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.above.label}/{self.name}"
+
+    @property
+    def provenance(self) -> Mapping[str, str]:
+        return self.above.provenance
+
+    def names(self) -> Sequence[str]:
+        return [name.removeprefix(f"{self.name}/") for name in self.above.names() if name.startswith(f"{self.name}/")]
+
+    def open(self, name: str) -> Source:
+        return self.above.open(f"{self.name}/{name}")
+
+    def prove(self, tensors: Sequence[tuple[str, Source, str | None]]) -> None:
+        self.above.prove(tensors)
 
 
 @dataclass(frozen=True)

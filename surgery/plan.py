@@ -178,11 +178,11 @@ class Plan:
         described = {
             "versions": versions(self.computes),
             "options": repr(options),
-            "inputs": [[*tensor.key, *(tensor.source.identity or ())] for tensor in self.inputs],
+            "inputs": [[*tensor.key, tensor.source.version, *(tensor.source.identity or ())] for tensor in self.inputs],
             "steps": [repr(step) for step in self.steps],  # with every number that is not an option
             "outputs": [[f.name, hashlib.blake2b(f.raw_header).hexdigest()] for f in self.layout.files],
             "files": {name: hashlib.blake2b(data).hexdigest() for name, data in self.files.items()},
-            "carried": [[name, source.name, *(source.identity or ())] for name, source in self.carried],
+            "carried": [[name, source.name, source.version, *(source.identity or ())] for name, source in self.carried],
         }
         return hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=32).hexdigest()
 

@@ -59,6 +59,7 @@ def describe_input(item: Input, hashes: HashBook) -> dict[str, object]:
         entry["tensors"] = {
             name: describe_tensor(tensor, hashes.require(tensor)) for name, tensor in item.checkpoint.tensors.items()
         }
+    item.checkpoint.folder.prove([(n, t.source, hashes.get(t)) for n, t in item.checkpoint.tensors.items()])
     return entry
 
 

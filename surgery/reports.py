@@ -12,6 +12,35 @@ from surgery.operation import PlanSummary
 
 
 @dataclass(frozen=True)
+class Fetched:
+    """What was read of a repository on a Hub.
+
+    Attributes:
+        source: its id.
+        revision: the commit.
+        nbytes: that came over the network; what the Hub's cache held did not.
+        proved: weight files that have the SHA-256 the Hub gives them, or the tensors that `surgery.json` has on record.
+        unproved: weight files of which parts were read that no hash is known of.
+    """
+
+    source: str
+    revision: str
+    nbytes: int
+    proved: tuple[str, ...] = ()
+    unproved: tuple[str, ...] = ()
+
+    def __add__(self, other: Fetched) -> Fetched:
+        """Both readings of one repository together."""
+        return Fetched(
+            self.source,
+            self.revision,
+            self.nbytes + other.nbytes,
+            tuple(sorted({*self.proved, *other.proved} - {*self.unproved, *other.unproved})),
+            tuple(sorted({*self.unproved, *other.unproved})),
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """What all reports of operations that write share.
 
@@ -20,12 +49,14 @@ class Report:
         plan: what the operation was going to do.
         dry_run: whether that is all there is.
         resumed: steps taken over from an interrupted run.
+        fetched: what came over the network, one entry for each repository on a Hub that was read.
     """
 
     output: str
     plan: PlanSummary
     dry_run: bool = field(default=False, kw_only=True)
     resumed: int = field(default=0, kw_only=True)
+    fetched: tuple[Fetched, ...] = field(default=(), kw_only=True)
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -35,7 +66,7 @@ class Report:
         return {name: value for name, value in asdict(self).items() if name not in _OF_THE_RUN}
 
 
-_OF_THE_RUN = {"output", "plan", "dry_run", "resumed", "planned"}
+_OF_THE_RUN = {"output", "plan", "dry_run", "resumed", "planned", "fetched"}
 
 
 @dataclass(frozen=True)

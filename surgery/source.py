@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +31,18 @@ class Source(Protocol):
     @property
     def identity(self) -> tuple[str, int, int] | None:
         """Path, size and modification time (ns) of a local file: the key under which its hashes are cached."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """What tells the content of a file that is none here from what may once be under the same name: its commit."""
+        ...
+
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Be told what is going to be read, as begin and end of each range in their order; none when that is over.
+
+        What is far away may be fetched before it is asked for. Nothing else follows from it.
+        """
         ...
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -80,6 +93,13 @@ class FileSource:
     def identity(self) -> tuple[str, int, int] | None:
         return os.path.realpath(self._path), self._size, self._mtime
 
+    @property
+    def version(self) -> str:
+        return ""
+
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        pass  # the kernel reads ahead
+
     def fileno(self) -> int:
         return self._fd
 
@@ -109,6 +129,13 @@ class NotAFile:
     @property
     def identity(self) -> tuple[str, int, int] | None:
         return None
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        pass
 
     def fileno(self) -> None:
         return None

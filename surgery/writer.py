@@ -151,6 +151,15 @@ class Staging:
             copy_range(source.source, source.offset + begin, self._descriptors[name], start + begin, end - begin)
             _start_writeback(self._descriptors[name], start, begin, end)
 
+    def copy_written(self, origin: str, tensor: str) -> int:
+        """Copy an output tensor that is written already to another of the same bytes; returns how many there are."""
+        (name, start, info), (other, begin, _) = self._places[origin], self._places[tensor]
+        count = info.end - info.begin
+        with disk_errors(self.target):
+            copy_range(FileSource(self.files / name), start, self._descriptors[other], begin, count)
+            _start_writeback(self._descriptors[other], begin, 0, count)
+        return count
+
     def write_file(self, name: str, data: bytes) -> None:
         """Write a small file whole."""
         with disk_errors(self.target):

@@ -13,7 +13,7 @@ from benchmarks.table import Result, Row
 
 TINY = Shape(128, 352, 64, 2, 1000, 1)
 SMALL = Shape(512, 1408, 256, 4, 4000, 1)
-OURS, TRAINER, SFT = "surgery.train", "transformers Trainer", "TRL SFTTrainer"
+OURS, RESUMED, TRAINER, SFT = "surgery.train", "surgery.train, resumed", "transformers Trainer", "TRL SFTTrainer"
 METHODS = ("full", "lora")
 BATCH, LENGTH = 8, 128
 STEPS, COMPARED = 30, 20
@@ -37,7 +37,8 @@ def run(workshop: Workshop) -> Result:
                     commands.append(_process(workshop, name, f"{name}, {method}, {size}", shape, method, steps, place))
             processes += workshop.alternate(*commands, keep=False).values()
             found = {name: _lines(place) for name, place in calls.items() if place.exists()}
-            for peer in [name for name in found if name != OURS]:
+            rows.append(_resumed(f"{method}, {size}", found[OURS], found[RESUMED]))
+            for peer in [name for name in found if name in (TRAINER, SFT)]:
                 rows += _compared(f"{method}, {size}, against {peer}", found[OURS], found[peer])
     shown = " and ".join(f"{shape.layers} layers of hidden size {shape.hidden}" for shape in shapes.values())
     note = (
@@ -48,7 +49,7 @@ def run(workshop: Workshop) -> Result:
     return Result("Training", [note], processes, rows)
 
 
-_WHO = {OURS: "ours", TRAINER: "trainer", SFT: "sft"}
+_WHO = {OURS: "ours", RESUMED: "resumed", TRAINER: "trainer", SFT: "sft"}
 
 
 def _process(workshop: Workshop, who: str, name: str, shape: Shape, method: str, steps: int, calls: Path) -> Process:
@@ -60,6 +61,15 @@ def _process(workshop: Workshop, who: str, name: str, shape: Shape, method: str,
 
 def _lines(calls: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in calls.read_text().splitlines()]
+
+
+def _resumed(what: str, ours: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> Row:
+    """A run that is stopped in its middle, against one that is not: every loss, bit for bit."""
+    pairs = list(zip(ours[0]["losses"], resumed[0]["losses"], strict=True))
+    other = sum(one != again for one, again in pairs)
+    return Row(
+        f"losses of {len(pairs)} with other bits after a stop, {what}", str(other), "0", None, "none", other == 0
+    )
 
 
 def _compared(what: str, ours: list[dict[str, Any]], peer: list[dict[str, Any]]) -> list[Row]:

@@ -63,6 +63,9 @@ CREATE TABLE chunks (
 ) WITHOUT ROWID;
 """
 
+# A token is called by so many of the first hex digits of its hash.
+_SHOWN = 12
+
 
 class SqliteAccounts(ChunkTables):
     """Both interfaces of `interfaces.py`, in one file."""
@@ -109,9 +112,35 @@ class SqliteAccounts(ChunkTables):
             ).fetchone()
         return None if row is None else Namespace(row[0], bool(row[1]), bool(row[2]))
 
+    def namespaces(self) -> Sequence[tuple[Namespace, Sequence[str]]]:
+        with self._look() as db:
+            spaces = db.execute("SELECT key, name, organisation, private_by_default FROM namespaces ORDER BY key")
+            rows = spaces.fetchall()
+            members = db.execute(
+                "SELECT m.organisation, n.name FROM members m JOIN namespaces n ON n.key = m.user ORDER BY n.key"
+            ).fetchall()
+        return [
+            (Namespace(name, bool(organisation), bool(private)), [user for of, user in members if of == key])
+            for key, name, organisation, private in rows
+        ]
+
+    def set_member(self, organisation: str, user: str, member: bool) -> None:
+        with self._change() as db:
+            found = self.namespace(organisation)
+            if found is None or not found.is_organisation:
+                raise InputError(
+                    f"There is no organisation called {organisation}; `surgery hub org add {organisation}` makes one."
+                )
+            self._check_user(user)
+            row = (organisation.lower(), user.lower())
+            if member:
+                db.execute("INSERT OR IGNORE INTO members (organisation, user) VALUES (?, ?)", row)
+            else:
+                db.execute("DELETE FROM members WHERE organisation = ? AND user = ?", row)
+
     def add_token(
         self, token: str, user: str, role: str, repository: str | None, label: str, now: int, expires: int | None
-    ) -> None:
+    ) -> str:
         with self._change() as db:
             self._check_user(user)
             row = (_digest(token), user.lower(), role, repository and repository.lower(), label, now, expires)
@@ -120,6 +149,24 @@ class SqliteAccounts(ChunkTables):
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
                 row,
             )
+        return row[0].hex()[:_SHOWN]
+
+    def tokens(self, user: str | None) -> Sequence[tuple[str, str, str, str | None, str, int, int | None]]:
+        with self._look() as db:
+            if user is not None:
+                self._check_user(user)
+            return db.execute(
+                f"SELECT lower(substr(hex(digest), 1, {_SHOWN})), n.name, role, repository, label, created, expires "
+                "FROM tokens JOIN namespaces n ON n.key = user WHERE ? IS NULL OR user = ? ORDER BY created, 1",
+                (user, user and user.lower()),
+            ).fetchall()
+
+    def remove_token(self, number: str) -> bool:
+        with self._change() as db:
+            gone = db.execute(
+                f"DELETE FROM tokens WHERE lower(substr(hex(digest), 1, {_SHOWN})) = ?", (number.lower(),)
+            )
+            return gone.rowcount > 0
 
     def identify(self, token: str, now: int) -> Identity | None:
         digest = _digest(token)

@@ -19,11 +19,14 @@ from starlette.responses import Response
 from surgery.errors import InputError, IntegrityError
 from surgery.hub.interfaces import ContentMissingError
 from surgery.hub.naming import RepositoryName
+from surgery.hub.server.checking import check_room
 from surgery.hub.server.hub import Call, Hub
 from surgery.hub.server.interfaces import READ, WRITE
 from surgery.hub.server.placing import Finder, keep_xorb, placement_of
+from surgery.hub.server.pulls import branch_to_write, head_of, is_opening
 from surgery.hub.server.registering import register
 from surgery.hub.server.signing import ADDRESS_LIFE, TOKEN_LIFE
+from surgery.hub.server.tracing import trace_of
 from surgery.hub.server.web import ByteRange, HttpError, json_response, parse_range, pieces, stream, whole_body
 from surgery.hub.xet import hashes
 from surgery.hub.xet.recipes import Recipe
@@ -65,7 +68,11 @@ class Grant:
 async def give_token(call: Call) -> Response:
     """`GET /api/models/{id}/xet-read-token/{revision}`, and `write`."""
     writes = call.request.scope["raw_path"].find(b"/xet-write-token/") >= 0
-    found = await run_in_threadpool(call.writable if writes else call.repository)
+    if writes:
+        found = await run_in_threadpool(branch_to_write, call, head_of(call.rest), is_opening(call))
+        await run_in_threadpool(check_room, call.hub, found.name.namespace, {}, 1)
+    else:
+        found = await run_in_threadpool(call.opened)
     # Who only reads has nothing to do with what anybody uploaded.
     holders = sorted(call.holders(found.name.namespace)) if writes else []
     visible = sorted(call.visible(found.name.namespace)) if writes else []
@@ -107,6 +114,7 @@ def _grant(hub: Hub, request: Request, writes: bool) -> Grant:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     claims = hub.signer.claims(_PURPOSE, token.strip(), int(time.time())) if scheme.lower() == "bearer" else None
     if claims is None:
+        trace_of(request).refused = True
         raise HttpError(401, "The token is not valid, or has expired.")
     if writes and claims["s"] != WRITE:
         raise HttpError(403, "The token is for reading only.")
@@ -159,7 +167,8 @@ async def _take_shard(hub: Hub, request: Request, grant: Grant) -> Response:
     data = await whole_body(request, MAX_SHARD)
     with _refused(hub):
         async with hub.parsing:
-            await run_in_threadpool(register, hub.content, hub.index, data, grant.visible, grant.holders)
+            note = hub.metadata.keep_tensor_hashes
+            await run_in_threadpool(register, hub.content, hub.index, data, grant.visible, grant.holders, note)
     return json_response({"result": 1})
 
 

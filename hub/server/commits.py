@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import json
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,13 +16,24 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from surgery.errors import InputError, SurgeryError
-from surgery.hub.examining import examine
-from surgery.hub.interfaces import ConflictError, Content, ContentMissingError, FileEntry
+from surgery.hub.facts import stored_facts
+from surgery.hub.interfaces import (
+    BRANCHES,
+    PULLS,
+    Commit,
+    ConflictError,
+    ContentMissingError,
+    FileEntry,
+    Repository,
+)  # fmt: skip
 from surgery.hub.naming import MAIN, check_branch, check_paths, why_not_a_path
 from surgery.hub.parcel import LFS_FROM, is_lfs
-from surgery.hub.server.content_folder import ContentFolder
+from surgery.hub.server.checking import check_commit, check_offered
 from surgery.hub.server.front_matter import parse
 from surgery.hub.server.hub import Call
+from surgery.hub.server.ignoring import MAX_RULES, Rule, ignore_rules, is_ignored
+from surgery.hub.server.interfaces import OPEN, Event
+from surgery.hub.server.pulls import branch_to_write, comment, head_of, is_opening, number_of, open_pull
 from surgery.hub.server.web import HttpError, json_body, json_response, pieces, text_of, unquoted
 from surgery.hub.store import Revision
 from surgery.hub.transfer import git_blob, lfs_pointer_oid
@@ -31,8 +44,9 @@ MAX_BODY = 1 << 30
 MAX_OPERATIONS = 100_000
 _MAX_MESSAGE = 64 << 10
 _MAX_PREUPLOAD = 256
+_MAX_TITLE = 500
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_TRIES = 50
+TRIES = 50
 STALE = "The branch was updated since you opened this page. Please refresh and try again."
 
 
@@ -45,22 +59,42 @@ async def preupload(call: Call) -> Response:
     revision = unquoted(call.rest[0])
 
     def answer() -> list[dict[str, object]]:
-        found = call.writable()
+        found = branch_to_write(call, revision.removeprefix(BRANCHES), is_opening(call))
         head = call.hub.registry.resolve(found, revision)
         if head is None and revision != MAIN:
             raise HttpError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         known = {entry.path: entry for entry in call.hub.metadata.files(head.tree)} if head is not None else {}
-        return [_mode(item, known) for item in files]
+        rules = ignore_rules(_gitignore(call, body, known.get(".gitignore")))
+        answers = [_mode(item, known, rules) for item in files]
+        check_offered(call, found, [item for item, mode in zip(files, answers, strict=True) if _is_new(mode)])
+        return answers
 
     return json_response({"files": await run_in_threadpool(answer)})
 
 
-def _mode(item: object, known: Mapping[str, FileEntry]) -> dict[str, object]:
+def _is_new(mode: Mapping[str, object]) -> bool:
+    """Whether a file will come; one that is there may come again, changed or not, and is looked at then."""
+    return not mode["shouldIgnore"] and "oid" not in mode
+
+
+def _gitignore(call: Call, body: Mapping[str, object], entry: FileEntry | None) -> str:
+    """The rules that the client is about to commit, else those of the repository."""
+    if body.get("gitIgnore") is not None:
+        return text_of(body["gitIgnore"], "gitIgnore")
+    if entry is None or entry.size > MAX_RULES:
+        return ""
+    source = call.hub.content.open(entry.sha256)
+    data = bytearray(source.size)
+    source.read_into(0, memoryview(data))
+    return data.decode(errors="replace")
+
+
+def _mode(item: object, known: Mapping[str, FileEntry], rules: Sequence[Rule]) -> dict[str, object]:
     if not isinstance(item, dict) or not isinstance(item.get("size"), int):
         raise HttpError(400, "Each of files has to have a path and a size.")
     path = _path(item.get("path"))
     mode = "lfs" if is_lfs(path, item["size"]) else "regular"
-    described: dict[str, object] = {"path": path, "uploadMode": mode, "shouldIgnore": False}
+    described: dict[str, object] = {"path": path, "uploadMode": mode, "shouldIgnore": is_ignored(rules, path)}
     if (entry := known.get(path)) is not None and entry.lfs == (mode == "lfs"):
         described["oid"] = entry.sha256 if entry.lfs else entry.oid
     return described
@@ -206,30 +240,49 @@ def applied(operations: Sequence[Operation], before: Sequence[FileEntry]) -> lis
 
 async def commit(call: Call) -> Response:
     """`POST /api/models/{id}/commit/{branch}`: lines of JSON, a header first."""
-    branch = unquoted(call.rest[0]).removeprefix("refs/heads/")
-    if call.request.query_params.get("create_pr") in ("1", "true") or branch.startswith("refs/pr/"):
-        raise HttpError(403, "This server has no pull requests; commit to a branch.")
-    await run_in_threadpool(_check, call, branch)
+    branch, opens = head_of(call.rest), is_opening(call)
+    await run_in_threadpool(_check, call, branch, opens)
     draft = Draft(lambda path, data: _store(call, path, data), lambda *asked: _find(call, *asked))
     async for part in pieces(call.request, MAX_BODY):
         async with call.hub.parsing:
             await run_in_threadpool(draft.feed, part)
     async with call.hub.parsing:
         await run_in_threadpool(draft.finish)
+    answer: dict[str, object] = {"success": True, "hookOutput": ""}
+    if opens:
+        branch, number = await run_in_threadpool(_open, call, draft)
+        answer["pullRequestUrl"] = f"{call.page}/discussions/{number}"
     done = await run_in_threadpool(_commit, call, branch, draft)
     kind = "" if call.kind == "model" else f"{call.kind}s/"
     url = f"{call.base}/{kind}{done.repository.name}/commit/{done.commit.id}"
-    return json_response({"success": True, "commitOid": done.commit.id, "commitUrl": url, "hookOutput": ""})
+    call.note(action="commit", branch=branch, commit=done.commit.id)
+    return json_response({**answer, "commitOid": done.commit.id, "commitUrl": url})
 
 
-def _check(call: Call, branch: str) -> None:
-    found = call.writable()
+def _check(call: Call, branch: str, opens: bool) -> None:
+    found = branch_to_write(call, branch, opens)
+    if branch.startswith(PULLS):
+        return
     try:
         check_branch(branch)
     except SurgeryError as error:
         raise HttpError(400, error.message) from None
     if branch != MAIN and call.hub.registry.head(found.name, branch, found.kind) is None:
         raise HttpError(404, f"Invalid rev id: {branch}", "RevisionNotFound")
+
+
+def _open(call: Call, draft: Draft) -> tuple[str, int]:
+    """A pull request for a commit that came in whole. Returns its ref and its number."""
+    found, user = call.proposable(), call.user()
+    head = call.hub.registry.head(found.name, MAIN, found.kind)
+    # First, so that what cannot be committed opens nothing.
+    check_commit(call, found, head.files if head is not None else (), _applied(draft, head))
+    assert draft.message is not None
+    title, _, text = draft.message.partition("\n")
+    made = open_pull(call, found, title[:_MAX_TITLE], OPEN, comment(user.user, text.strip(), int(time.time())))
+    # It starts from `main` as that is now, and that is what a parent was named for.
+    draft.parent = None
+    return f"{PULLS}{made.number}", made.number
 
 
 def _store(call: Call, path: str, data: bytes) -> FileEntry:
@@ -263,26 +316,24 @@ def _find(call: Call, path: str, sha256: str, size: int | None) -> FileEntry:
 
 def may_refer(call: Call, sha256: str) -> bool:
     """Whether this person has proved to have content, or may read a repository that has it."""
-    user = call.user()
     assert call.name is not None
     if call.hub.index.holds_content(sha256, call.visible(call.name.namespace)):
         return True
-    return any(user.may_read(repository) for repository in call.hub.metadata.holding(sha256))
+    return any(call.may_open(repository) for repository in call.hub.metadata.holding(sha256))
 
 
 def _commit(call: Call, branch: str, draft: Draft) -> Revision:
     """Commit on top of wherever the branch is; only of a commit that names its parent there has to be that one."""
-    found = call.writable()
+    found = branch_to_write(call, branch, False)
     registry, kind = call.hub.registry, found.kind
     assert draft.message is not None
-    for _ in range(_TRIES):
+    for _ in range(TRIES):
         head = registry.head(found.name, branch, kind)
-        if draft.parent is not None and (head is None or head.commit.id != draft.parent):
-            raise HttpError(412, STALE)
-        files = applied(draft.operations, head.files if head is not None else ())
+        files = _applied(draft, head)
         if head is not None and list(head.files) == files:
             return head
-        facts = describe(call.hub.content, files, str(found.name)) if kind == "model" else {}
+        check_commit(call, found, head.files if head is not None else (), files)
+        facts = stored_facts(call.hub.content, call.hub.metadata, files, str(found.name), kind)
         expected = head.commit.id if head is not None else None
         try:
             commit = registry.commit(found.name, branch, expected, files, draft.message, facts, kind)
@@ -290,13 +341,28 @@ def _commit(call: Call, branch: str, draft: Draft) -> Revision:
             continue
         except ContentMissingError:
             raise HttpError(409, "Content of the commit was removed meanwhile; upload it again.") from None
+        if kind == "model":
+            call.hub.completer.take_unhashed(found.name, commit.id, files)
+        if branch.startswith(PULLS):
+            _tell(call, found, branch, commit)
         return Revision(found, commit, tuple(files))
     raise HttpError(503, "The branch keeps moving; try again.", headers={"Retry-After": "1"})
 
 
-def describe(content: Content, files: Sequence[FileEntry], name: str) -> Mapping[str, object]:
-    """What the files are, from their headers and configs; nothing where they are no model or do not hold together."""
-    try:
-        return examine(ContentFolder(content, files, name)).facts
-    except SurgeryError:
-        return {}
+def _applied(draft: Draft, head: Revision | None) -> list[FileEntry]:
+    """The files after the commit, if it may be made on top of this one."""
+    if draft.parent is not None and (head is None or head.commit.id != draft.parent):
+        raise HttpError(412, STALE)
+    return applied(draft.operations, head.files if head is not None else ())
+
+
+def _tell(call: Call, found: Repository, branch: str, commit: Commit) -> None:
+    """Say in a pull request that there is a commit."""
+    number = number_of(branch)
+    assert number is not None
+    item = call.hub.community.discussion(found, number)
+    data = {"subject": commit.message.partition("\n")[0], "oid": commit.id}
+    if item is not None:
+        with contextlib.suppress(ConflictError):  # closed or merged this very moment
+            event = Event("commit", call.user().user, commit.time, data)
+            call.hub.community.change(found, number, item.status, event, {})

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from surgery.errors import InputError
+from surgery.folder import WithoutRecords
 from surgery.hub.interfaces import Content, FileEntry
 from surgery.source import Source
 
 
-class ContentFolder:
+class ContentFolder(WithoutRecords):
     """Named files of a registry. `label` is the repository's name."""
 
     def __init__(self, content: Content, files: Sequence[FileEntry], label: str) -> None:

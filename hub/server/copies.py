@@ -6,6 +6,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from surgery.hub.naming import MAIN
+from surgery.hub.server.checking import check_room
 from surgery.hub.server.hub import Call
 from surgery.hub.server.repos import make, parsed_target
 from surgery.hub.server.web import HttpError, json_body, json_response, text_of
@@ -18,10 +19,13 @@ async def duplicate(call: Call) -> Response:
     body = await json_body(call.request)
 
     def copy() -> dict[str, object]:
-        source = call.revision(MAIN)
+        source = call.revision(MAIN, files=True)
         target = {**body, "name": text_of(body.get("repository"), "repository"), "type": source.repository.kind}
         private = source.repository.private
+        space = text_of(body.get("repository"), "repository").rpartition("/")[0] or call.user().user
+        check_room(call.hub, space, {entry.sha256: entry.size for entry in source.files})
         described, name = make(call, target, private)
+        call.note(action="duplicate", target=str(name))
         head = call.hub.registry.head(name, MAIN, call.kind)
         assert head is not None
         message = f"Duplicate of {source.repository.name} at {source.commit.id}"
@@ -44,7 +48,7 @@ async def copy_files(call: Call) -> Response:
         raise HttpError(400, f"files has to be a list of at most {_MAX_FILES}, and target a repository.")
 
     def check() -> list[dict[str, object]]:
-        found = call.repository()
+        found = call.opened()
         kind, name = parsed_target(call, target)
         call.at(kind, str(name), ()).writable()
         failed: list[dict[str, object]] = []

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
+from surgery.hub.index import Entry
 from surgery.hub.interfaces import Commit, Content, FileEntry, Repository
 from surgery.hub.server.front_matter import card_of
 from surgery.hub.store import Revision
+from surgery.hub.tags import bases_of, library_of, pipeline_tag_of, tags_of
 from surgery.hub.xet import hashes
 
 _POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"
+# Facts that only this server tells.
+_FACTS = (
+    "kind", "relation", "base", "base_revision", "base_weights", "method", "ranks", "targets", "modules", "task",
+    "family", "architecture", "experts", "parameters", "dtype", "weights", "operation", "parents", "unread",
+)  # fmt: skip
 
 
 def iso(seconds: int) -> str:
@@ -20,8 +27,20 @@ def iso(seconds: int) -> str:
 
 def repository(found: Repository, head: Revision | None, content: Content, blobs: bool) -> dict[str, object]:
     """What `GET /api/models/{id}` says; with `blobs` also of the size and hashes of each file."""
-    card = card_of(content, head) if head is not None else {}
-    facts = head.commit.facts if head is not None else {}
+    if head is None:
+        return entry(Entry(found, None, None)) | {"siblings": [], "usedStorage": 0, "cardData": {}}
+    card = card_of(content, head)
+    facts = head.commit.facts
+    known = Entry(found, head.commit.id, head.commit.tree, facts, tuple(tags(facts, card)), head.nbytes)
+    described = entry(known) | {"siblings": [sibling(item, blobs) for item in head.files], "cardData": card}
+    if found.kind == "model":
+        described["pipeline_tag"] = card.get("pipeline_tag")
+    return described
+
+
+def entry(known: Entry) -> dict[str, object]:
+    """What the index alone can say of a repository."""
+    found, facts = known.repository, known.facts
     described: dict[str, object] = {
         "_id": f"{found.kind}:{found.name.key}",
         "id": str(found.name),
@@ -33,47 +52,41 @@ def repository(found: Repository, head: Revision | None, content: Content, blobs
         "lastModified": iso(found.updated),
         "downloads": 0,
         "likes": 0,
-        "tags": tags(facts, card),
-        "siblings": [sibling(entry, blobs) for entry in head.files] if head is not None else [],
-        "usedStorage": head.nbytes if head is not None else 0,
-        "cardData": card,
+        "tags": list(known.tags),
+        "usedStorage": known.size,
     }
-    if head is not None:
-        described["sha"] = head.commit.id
+    if known.commit is not None:
+        described["sha"] = known.commit
     if found.kind == "model":
-        described["modelId"] = str(found.name)
-        described["pipeline_tag"] = card.get("pipeline_tag")
-        described["library_name"] = card.get("library_name") or _library(facts)
+        described |= {
+            "modelId": str(found.name),
+            "pipeline_tag": pipeline_tag_of(facts),
+            "library_name": library_of(facts),
+            "facts": {key: facts[key] for key in _FACTS if key in facts},
+        }
+        if isinstance(parameters := facts.get("dtypes"), dict):
+            described["safetensors"] = {"parameters": parameters, "total": facts.get("parameters")}
+        if config := _config(facts):
+            described["config"] = config
     return described
 
 
-def _library(facts: Mapping[str, object]) -> str | None:
-    return {"adapter": "peft", "dense": "transformers", "moe": "transformers"}.get(str(facts.get("kind")))
+def _config(facts: Mapping[str, object]) -> dict[str, object]:
+    """What the Hub shows of `config.json`, or of `adapter_config.json`."""
+    if facts.get("kind") == "adapter":
+        return {"peft": {"base_model_name_or_path": facts.get("base"), "task_type": facts.get("task")}}
+    found = {"model_type": facts.get("family")} if facts.get("family") else {}
+    return found | ({"architectures": [facts["architecture"]]} if facts.get("architecture") else {})
+
+
+def bases(facts: Mapping[str, object]) -> list[str]:
+    """The Hub's `baseModels`: what something was made from, as far as these could be repositories."""
+    return bases_of(facts)
 
 
 def tags(facts: Mapping[str, object], card: Mapping[str, object]) -> list[str]:
-    """The tags of a repository: those of the card, and what its config says it was made from."""
-    found = dict.fromkeys(_texts(card.get("tags")))
-    if (library := card.get("library_name") or _library(facts)) is not None:
-        found[str(library)] = None
-    for name in (facts.get("kind"), facts.get("method"), facts.get("family")):
-        if isinstance(name, str):
-            found[name] = None
-    relation = "adapter" if facts.get("kind") == "adapter" else card.get("base_model_relation")
-    bases = dict.fromkeys([*_texts(facts.get("base")), *_texts(card.get("base_model"))])
-    for base in bases:
-        found[f"base_model:{base}"] = None
-        if isinstance(relation, str):
-            found[f"base_model:{relation}:{base}"] = None
-    if isinstance(card.get("license"), str):
-        found[f"license:{card['license']}"] = None
-    return list(found)
-
-
-def _texts(value: object) -> list[str]:
-    """A text, or each text of a list."""
-    listed = value if isinstance(value, list) else [value]
-    return [item for item in listed if isinstance(item, str)]
+    """The tags of a repository: those of the card, and what its files say it is and was made from."""
+    return tags_of(facts if "version" in facts else {**facts, "card": card})
 
 
 def sibling(entry: FileEntry, blobs: bool) -> dict[str, object]:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from urllib.parse import parse_qs
 
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from surgery.hub.interfaces import Commit, FileEntry
+from surgery.hub.index import ModelQuery, made_from
+from surgery.hub.interfaces import Commit, FileEntry, Repository
 from surgery.hub.server import describing
+from surgery.hub.server.checking import file_status, repository_status, scan_all
 from surgery.hub.server.hub import Call
+from surgery.hub.server.policy import ALLOW
 from surgery.hub.server.web import HttpError, json_response, page, parse_range, stream, unquoted, whole_body
 from surgery.hub.store import Revision
 from surgery.hub.xet import hashes
 
+_CARD = "README.md"
 _MAX_FORM = 4 << 20
 _TEXT = (".md", ".txt", ".json", ".jsonl", ".yaml", ".yml", ".py", ".csv")
 
@@ -23,7 +27,8 @@ _TEXT = (".md", ".txt", ".json", ".jsonl", ".yaml", ".yml", ".py", ".csv")
 async def resolve(call: Call) -> Response:
     """`GET` and `HEAD /{id}/resolve/{revision}/{path}`: a file."""
     revision, path = unquoted(call.rest[0]), unquoted("/".join(call.rest[1:]))
-    found = await run_in_threadpool(call.revision, revision)
+    # The card of a gated repository is for everybody, as on the Hub.
+    found = await run_in_threadpool(call.revision, revision, path != _CARD)
     head = {"X-Repo-Commit": found.commit.id}
     entry = next((entry for entry in found.files if entry.path == path), None)
     if entry is None:
@@ -54,7 +59,7 @@ async def resolve(call: Call) -> Response:
 async def info(call: Call) -> Response:
     """`GET /api/models/{id}` and `/api/models/{id}/revision/{revision}`."""
     query = parse_qs(call.request.url.query)
-    blobs = _is_set(query.get("blobs"))
+    blobs, expand = _is_set(query.get("blobs")), query.get("expand", [])
 
     def describe() -> dict[str, object]:
         found = call.repository()
@@ -62,9 +67,27 @@ async def info(call: Call) -> Response:
             head: Revision | None = call.revision(unquoted(call.rest[0]))
         else:
             head = call.hub.registry.head(found.name, "main", found.kind)
-        return describing.repository(found, head, call.hub.content, blobs)
+        described = describing.repository(found, head, call.hub.content, blobs)
+        described["gated"] = call.hub.community.gate(found) or False
+        if head is not None and _is_set(query.get("securityStatus")):
+            described["securityRepoStatus"] = repository_status(call.hub, head.files)
+        return expanded(call, found, described, expand) if expand else described
 
     return json_response(await run_in_threadpool(describe))
+
+
+def expanded(
+    call: Call, found: Repository, described: Mapping[str, object], expand: Sequence[str]
+) -> dict[str, object]:
+    """Only the properties that are asked for; two of them are counted or looked up only then."""
+    more = dict(described)
+    facts = described.get("facts")
+    if "baseModels" in expand:
+        more["baseModels"] = describing.bases(facts if isinstance(facts, dict) else {})
+    if "childrenModelCount" in expand:
+        made = made_from(call.hub.metadata, found.name, call.reader)
+        more["childrenModelCount"] = call.hub.metadata.count(ModelQuery(made_from=(made,)), call.reader)
+    return {key: more[key] for key in ("_id", "id", *expand) if key in more}
 
 
 def _is_set(values: list[str] | None) -> bool:
@@ -86,7 +109,7 @@ async def tree(call: Call) -> Response:
                             {"X-Repo-Commit": found.commit.id})  # fmt: skip
         page = listed[begin : begin + limit]
         last = _last_commits(call, found, [item if isinstance(item, str) else item.path for item in page], expand)
-        return [_described(call, found, item, last) for item in page], begin + limit < len(listed)
+        return _described_all(call, found, page, last, expand), begin + limit < len(listed)
 
     items, more = await run_in_threadpool(describe)
     return json_response(items, headers=next_page(call, begin + limit) if more else None)
@@ -121,6 +144,18 @@ def _described(call: Call, found: Revision, item: FileEntry | str, last: dict[st
     if isinstance(item, FileEntry):
         return describing.file(item, call.hub.content, last.get(item.path))
     return describing.folder(item, _folder_id(found.files, item), last.get(item))
+
+
+def _described_all(
+    call: Call, found: Revision, items: Sequence[FileEntry | str], last: dict[str, Commit], expand: bool
+) -> list[dict[str, object]]:
+    described = [_described(call, found, item, last) for item in items]
+    if expand and call.hub.policy.pickle != ALLOW:
+        pickles = scan_all(call.hub, [item for item in items if isinstance(item, FileEntry)])
+        for item in described:
+            if item["type"] == "file":
+                item["securityFileStatus"] = file_status(pickles[str(item["path"])])
+    return described
 
 
 def _folder_id(files: Iterable[FileEntry], path: str) -> str:
@@ -173,6 +208,6 @@ async def paths_info(call: Call) -> Response:
             known.get(path, path) for path in dict.fromkeys(paths) if path in known or path in folders
         ]
         last = _last_commits(call, found, [item if isinstance(item, str) else item.path for item in items], expand)
-        return [_described(call, found, item, last) for item in items]
+        return _described_all(call, found, items, last, expand)
 
     return json_response(await run_in_threadpool(describe))

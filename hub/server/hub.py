@@ -5,14 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
+from surgery.hub.index import ANYBODY, Reader
 from surgery.hub.interfaces import Content, Metadata, Repository
 from surgery.hub.naming import RepositoryName, why_not_a_repository
-from surgery.hub.server.interfaces import Accounts, ChunkIndex, Identity
+from surgery.hub.server.audit import Audit
+from surgery.hub.server.completing import Completer
+from surgery.hub.server.interfaces import ACCEPTED, ADMIN, PENDING, READ, Accounts, ChunkIndex, Community, Identity
+from surgery.hub.server.policy import Policy
 from surgery.hub.server.signing import Signer
+from surgery.hub.server.tracing import trace_of
 from surgery.hub.server.web import HttpError
 from surgery.hub.store import Registry, Revision
 
@@ -28,15 +34,25 @@ class Hub:
 
     Attributes:
         url: the address under which clients reach it; None to take what each request says.
+        audit: what was changed and by whom.
+        policy: what it takes in.
         parsing: held while a piece of a commit or a shard is taken apart, which takes memory; for a few at a time.
     """
 
     registry: Registry
     accounts: Accounts
     index: ChunkIndex
+    community: Community
     signer: Signer
+    audit: Audit
     url: str | None = None
+    policy: Policy = field(default_factory=Policy)
     parsing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_PARSED_AT_ONCE))
+
+    @cached_property
+    def completer(self) -> Completer:
+        """What examines commits after they were made."""
+        return Completer(self.registry)
 
     @property
     def content(self) -> Content:
@@ -70,6 +86,15 @@ class Call:
         """The server's own address, as the client sees it."""
         return self.hub.url or f"{self.request.url.scheme}://{self.request.headers.get('host', 'localhost')}"
 
+    @property
+    def page(self) -> str:
+        """The address of the repository itself."""
+        return f"{self.base}/{'' if self.kind == 'model' else f'{self.kind}s/'}{self.name}"
+
+    def note(self, **details: object) -> None:
+        """Say for the audit log what was done."""
+        trace_of(self.request).notes.update(details)
+
     def at(self, kind: str, name: str, rest: tuple[str, ...]) -> Call:
         """The same for a repository. Raises `HttpError` for a name that none can have."""
         if why_not_a_repository(name) is not None:
@@ -94,6 +119,12 @@ class Call:
         if not self.may_read(found):
             raise self.no_repository()
         return found
+
+    @property
+    def reader(self) -> Reader:
+        """The same person, as the index asks for one."""
+        user = self.identity
+        return ANYBODY if user is None else Reader(user.role == ADMIN, user.holders, user.repository)
 
     def may_read(self, repository: Repository) -> bool:
         return not repository.private if self.identity is None else self.identity.may_read(repository)
@@ -121,9 +152,43 @@ class Call:
             raise HttpError(403, f"Your token does not allow you to write to {found.name}.")
         return found
 
-    def revision(self, text: str) -> Revision:
-        """The repository at a branch, a tag or a commit."""
+    def may_open(self, repository: Repository) -> bool:
+        """Whether this person may read files of a repository, and not only what it is."""
+        if not self.may_read(repository):
+            return False
+        if self.hub.community.gate(repository) is None:
+            return True
+        user = self.identity
+        if user is None or not user.covers(repository.name):
+            return False
+        return user.belongs(repository.name) or self.hub.community.access(repository, user.user) == ACCEPTED
+
+    def opened(self) -> Repository:
+        """The repository, if this person may read its files."""
         found = self.repository()
+        if self.may_open(found):
+            return found
+        what = f"Access to {found.kind} {found.name} is restricted"
+        if self.identity is None:
+            message = f"{what}. You must have access to it and be authenticated to access it. Please log in."
+            raise HttpError(401, message, "GatedRepo")
+        status = self.hub.community.access(found, self.identity.user)
+        if status is None:
+            raise HttpError(403, f"{what}; ask for it with a POST to {self.page}/ask-access.", "GatedRepo")
+        why = "your request awaits an answer" if status == PENDING else "your request was rejected"
+        raise HttpError(403, f"{what}: {why}.", "GatedRepo")
+
+    def proposable(self) -> Repository:
+        """The repository, if this person may take part in it: read its files, with a token to write with."""
+        found = self.opened()
+        user = self.user()
+        if user.role == READ or not user.covers(found.name):
+            raise HttpError(403, f"Your token does not allow you to take part in {found.name}.")
+        return found
+
+    def revision(self, text: str, files: bool = False) -> Revision:
+        """The repository at a branch, a tag or a commit; with `files` to read what is in them."""
+        found = self.opened() if files else self.repository()
         commit = self.hub.registry.resolve(found, text)
         if commit is None:
             raise HttpError(404, f"Invalid rev id: {text}", "RevisionNotFound")
@@ -132,12 +197,15 @@ class Call:
     def holders(self, namespace: str) -> frozenset[str]:
         """Who has what this person uploads to a repository of a namespace (see `ChunkIndex`).
 
-        With a token for one repository it is that repository alone, so that the token leads to nothing else.
+        With a token for one repository it is that repository alone, so that the token leads to nothing else. Whoever
+        only proposes a change brings it in for nobody else.
         """
         user = self.user()
+        assert self.name is not None
+        writes, own = user.may_write(self.name), user.user.lower()
         if user.repository is not None:
-            return frozenset({f"repository {user.repository}"})
-        return frozenset({namespace.lower(), user.user.lower()})
+            return frozenset({f"repository {user.repository}" + ("" if writes else f" by {own}")})
+        return frozenset({own, namespace.lower()} if writes else {own})
 
     def visible(self, namespace: str) -> frozenset[str]:
         """Whose uploads this person may refer to by their hashes."""
@@ -160,6 +228,9 @@ async def identify(hub: Hub, request: Request) -> Identity | None:
     found = None
     if scheme.lower() == "bearer" and 0 < len(token) <= 1024:
         found = await run_in_threadpool(hub.accounts.identify, token.strip(), int(time.time()))
+    trace = trace_of(request)
     if found is None:
+        trace.refused = True
         raise HttpError(401, WRONG_TOKEN)
+    trace.user, trace.token = found.user, found.token
     return found

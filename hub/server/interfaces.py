@@ -1,15 +1,16 @@
 """What a server keeps beside the registry, and the narrow interfaces behind which it lies.
 
 `Accounts` says who somebody is. `ChunkIndex` says which chunks a namespace has, and who has proved to have what. Both
-are one SQLite file here (`accounts.py`); several processes would have them in PostgreSQL.
+are one SQLite file here (`accounts.py`). `Community` is what people say of a repository and who may open it; that lies
+beside the repositories (`community.py`). Several machines would have all three in PostgreSQL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from surgery.hub.interfaces import Repository
 from surgery.hub.naming import RepositoryName
@@ -44,18 +45,19 @@ class Identity:
         """The namespaces of the user, in lower case."""
         return frozenset(name.lower() for name in (self.user, *self.organisations))
 
-    def _for(self, name: RepositoryName) -> bool:
+    def covers(self, name: RepositoryName) -> bool:
+        """Whether the token is for this repository, perhaps among others."""
         return self.repository is None or self.repository == name.key
 
+    def belongs(self, name: RepositoryName) -> bool:
+        """Whether the repository is the user's own, or its organisation's; everything is an administrator's."""
+        return self.covers(name) and (self.role == ADMIN or name.namespace.lower() in self.holders)
+
     def may_read(self, repository: Repository) -> bool:
-        if not repository.private or self.role == ADMIN:
-            return not repository.private or self._for(repository.name)
-        return repository.name.namespace.lower() in self.holders and self._for(repository.name)
+        return not repository.private or self.belongs(repository.name)
 
     def may_write(self, name: RepositoryName) -> bool:
-        if self.role == READ or not self._for(name):
-            return False
-        return self.role == ADMIN or (name.namespace != "" and name.namespace.lower() in self.holders)
+        return self.role != READ and self.belongs(name)
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,29 @@ class Accounts(Protocol):
 
     def namespace(self, name: str) -> Namespace | None: ...
 
+    def namespaces(self) -> Sequence[tuple[Namespace, Sequence[str]]]:
+        """All, by name, with their members."""
+        ...
+
+    def set_member(self, organisation: str, user: str, member: bool) -> None:
+        """Raises `InputError` where there is no such organisation, or no such user."""
+        ...
+
     def add_token(
         self, token: str, user: str, role: str, repository: str | None, label: str, now: int, expires: int | None
-    ) -> None:
-        """Raises `InputError` where there is no such user."""
+    ) -> str:
+        """Raises `InputError` where there is no such user. Returns by what it is called in lists."""
+        ...
+
+    def tokens(self, user: str | None) -> Sequence[tuple[str, str, str, str | None, str, int, int | None]]:
+        """What each is called, its user, role, repository, label, and when it was made and expires; the oldest first.
+
+        Raises `InputError` where there is no such user.
+        """
+        ...
+
+    def remove_token(self, number: str) -> bool:
+        """Whether there was one."""
         ...
 
     def identify(self, token: str, now: int) -> Identity | None:
@@ -103,6 +124,111 @@ class Accounts(Protocol):
     def moved(self, kind: str, name: RepositoryName) -> RepositoryName | None:
         """What it was called next; that may have been moved again."""
         ...
+
+
+PENDING, ACCEPTED, REJECTED = "pending", "accepted", "rejected"
+DRAFT, OPEN, CLOSED, MERGED = "draft", "open", "closed", "merged"
+
+
+@dataclass(frozen=True)
+class AccessRequest:
+    """Somebody who asked for what is behind a gate. `user` is in lower case, `time` in seconds since 1970."""
+
+    user: str
+    status: str
+    time: int
+
+
+@dataclass(frozen=True)
+class Discussion:
+    """A discussion, or a pull request, which has a `base`.
+
+    Attributes:
+        number: within the repository, from 1.
+        status: `draft`, `open`, `closed`, `merged`.
+        created: seconds since 1970.
+        base: the commit that a pull request starts from; its own are at `refs/pr/<number>`.
+        merged: the commit that took it in.
+    """
+
+    number: int
+    title: str
+    author: str
+    status: str
+    created: int
+    base: str | None = None
+    merged: str | None = None
+
+    @property
+    def is_pull(self) -> bool:
+        return self.base is not None
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened in a discussion: `comment`, `status-change`, `commit`, `title-change`."""
+
+    kind: str
+    author: str
+    time: int
+    data: Mapping[str, Any]
+    id: int = 0
+
+
+class Community(Protocol):
+    """Gates, discussions and pull requests of repositories, and what was found in files. Each method is a transaction.
+
+    What is asked of a repository that is gone raises `InputError`, except for its gate.
+    """
+
+    def gate(self, repository: Repository) -> str | None:
+        """How access to its files is given: `auto`, `manual`; None where everybody has it who may see it."""
+        ...
+
+    def set_gate(self, repository: Repository, mode: str | None) -> None: ...
+
+    def access(self, repository: Repository, user: str) -> str | None:
+        """What came of a user's request."""
+        ...
+
+    def set_access(self, repository: Repository, user: str, status: str, time: int) -> None: ...
+
+    def ask(self, repository: Repository, user: str, status: str, time: int) -> str:
+        """Record a request with this status, unless there is one. Returns the status it has now."""
+        ...
+
+    def requests(self, repository: Repository, status: str) -> Sequence[AccessRequest]:
+        """By time."""
+        ...
+
+    def open_discussion(self, repository: Repository, new: Discussion, first: Event) -> Discussion:
+        """Gives it the next number."""
+        ...
+
+    def discussion(self, repository: Repository, number: int) -> Discussion | None: ...
+
+    def discussions(self, repository: Repository) -> Sequence[Discussion]:
+        """The newest first."""
+        ...
+
+    def events(self, repository: Repository, number: int) -> Sequence[Event]: ...
+
+    def change(
+        self, repository: Repository, number: int, expected: str, event: Event, changes: Mapping[str, Any]
+    ) -> Event:
+        """Add an event, and change title, status or merge. Raises `ConflictError` where the status is not `expected`.
+
+        Returns the event with its number.
+        """
+        ...
+
+    def scan(self, sha256: str) -> Mapping[str, Any] | None:
+        """What was found in a file."""
+        ...
+
+    def keep_scans(self, found: Mapping[str, Mapping[str, Any]]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class ChunkIndex(Protocol):

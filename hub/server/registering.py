@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 
 from surgery.errors import FormatError, InputError, IntegrityError
 from surgery.hub.interfaces import Content
+from surgery.hub.passing import PassingTensors
 from surgery.hub.server.interfaces import ChunkIndex
 from surgery.hub.server.placing import lost, placement_of, touch_xorbs
 from surgery.hub.xet import hashes
@@ -22,9 +23,16 @@ from surgery.hub.xet.placement import joined
 from surgery.hub.xet.recipes import AssembledSource, Recipe
 from surgery.hub.xet.shards import ShardFile, Term, read_files
 
+Note = Callable[[Mapping[str, Mapping[str, str]]], None]
+
 
 def register(
-    content: Content, index: ChunkIndex, data: bytes, visible: Collection[str], holders: Collection[str]
+    content: Content,
+    index: ChunkIndex,
+    data: bytes,
+    visible: Collection[str],
+    holders: Collection[str],
+    note: Note,
 ) -> None:
     """Take in a shard. Raises `FormatError`, `InputError` or `IntegrityError`, and keeps what came before.
 
@@ -34,13 +42,19 @@ def register(
         data: the shard.
         visible: the namespaces whose xorbs may be referred to.
         holders: the namespaces that have the files from now on.
+        note: told the hashes of the tensors of safetensors files, which are taken in passing.
     """
     for file in read_files(data):
-        _register(content, index, file, visible, holders)
+        _register(content, index, file, visible, holders, note)
 
 
 def _register(
-    content: Content, index: ChunkIndex, file: ShardFile, visible: Collection[str], holders: Collection[str]
+    content: Content,
+    index: ChunkIndex,
+    file: ShardFile,
+    visible: Collection[str],
+    holders: Collection[str],
+    note: Note,
 ) -> None:
     name = hashes.text(file.digest)
     if file.sha256 is None or len(file.proofs) != len(file.terms):
@@ -73,7 +87,7 @@ def _register(
     known = content.recipe(sha256)
     if known is not None and (known.digest != file.digest or lost(content, known.terms)):
         known = None
-    if known is None and _sha256(content, recipe) != sha256:
+    if known is None and _sha256(content, recipe, note) != sha256:
         raise IntegrityError(f"File {name} of the shard does not have the SHA-256 {sha256}.")
     asked_for = {digest for digest, _ in chunks if hashes.is_asked_for(digest)}
     if chunks:
@@ -85,15 +99,17 @@ def _register(
         index.add_file(recipe, xorbs, holders, asked_for)
 
 
-def _sha256(content: Content, recipe: Recipe) -> str:
-    """The SHA-256 of a file put together; one thread unpacks and another hashes."""
+def _sha256(content: Content, recipe: Recipe, note: Note) -> str:
+    """The SHA-256 of a file put together; one thread unpacks and another hashes, the file and its tensors."""
     source = AssembledSource(hashes.text(recipe.digest), recipe, content.open_xorb)
     hasher = hashlib.sha256()
+    tensors = PassingTensors(source.size)
     waiting: queue.Queue[bytes | memoryview | None] = queue.Queue(64)
 
     def hash_all() -> None:
         while (block := waiting.get()) is not None:
             hasher.update(block)
+            tensors.update(block)
 
     thread = threading.Thread(target=hash_all, name="sha256")
     thread.start()
@@ -103,4 +119,6 @@ def _sha256(content: Content, recipe: Recipe) -> str:
     finally:
         waiting.put(None)
         thread.join()
+    if hasher.hexdigest() == recipe.sha256 and (found := tensors.hashes) is not None:
+        note({recipe.sha256: found})
     return hasher.hexdigest()

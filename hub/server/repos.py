@@ -12,9 +12,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from surgery.errors import SurgeryError
-from surgery.hub.interfaces import BRANCHES, TAGS, ConflictError, Repository
+from surgery.hub.interfaces import BRANCHES, PULLS, TAGS, ConflictError
 from surgery.hub.naming import MAIN, RepositoryName, check_branch, parse_repository
 from surgery.hub.server import describing
+from surgery.hub.server.access import parsed_gate
 from surgery.hub.server.files import next_page
 from surgery.hub.server.hub import WRONG_TOKEN, Call
 from surgery.hub.server.web import HttpError, json_body, json_response, page, text_of, unquoted
@@ -25,7 +26,7 @@ KINDS = ("model", "dataset")
 RESERVED = frozenset({
     "revision", "tree", "paths-info", "refs", "branch", "tag", "commits", "preupload", "commit", "settings", "resolve",
     "auth-check", "xet-read-token", "xet-write-token", "duplicate", "lfs-files", "super-squash", "discussions", "raw",
-    "blob", "compare",
+    "blob", "compare", "lineage", "fits", "user-access-request", "ask-access",
 })  # fmt: skip
 _FIRST = "initial commit"
 _COMMITS = 100
@@ -95,6 +96,7 @@ def make(call: Call, body: Mapping[str, Any], private: bool = False) -> tuple[di
         raise HttpError(403, f"Your token does not allow you to create {name}.")
     name = RepositoryName(space.name, name.name)
     described: dict[str, object] = {"url": _url(call, kind, name), "name": str(name), "id": str(name)}
+    call.note(action="create", kind=kind, repository=str(name))
     _make(call, kind, name, _is_private(body, private or space.private_by_default), described)
     return described, name
 
@@ -117,6 +119,7 @@ async def delete(call: Call) -> Response:
 
     def remove() -> None:
         kind, name = parsed_target(call, body)
+        call.note(action="delete", kind=kind, repository=str(name))
         found = call.at(kind, str(name), ()).writable()
         call.hub.registry.delete(found.name, kind)
 
@@ -131,6 +134,7 @@ async def move(call: Call) -> Response:
     def rename() -> None:
         kind, old = parsed_target(call, {"name": body.get("fromRepo"), "type": body.get("type")})
         _, new = parsed_target(call, {"name": body.get("toRepo"), "type": kind})
+        call.note(action="move", kind=kind, repository=str(old), target=str(new))
         found = call.at(kind, str(old), ()).writable()
         space = call.hub.accounts.namespace(new.namespace) if new.namespace else None
         if space is None or not call.user().may_write(new):
@@ -149,14 +153,16 @@ async def move(call: Call) -> Response:
 
 
 async def settings(call: Call) -> Response:
-    """`PUT /api/models/{id}/settings`: who may see it."""
+    """`PUT /api/models/{id}/settings`: who may see it, and who may open its files."""
     body = await json_body(call.request)
 
     def change() -> None:
         found = call.writable()
-        if body.get("gated") not in (None, False):
-            raise HttpError(400, "This server has no gated repositories; make it private.")
+        gate = parsed_gate(body.get("gated"))
         call.hub.metadata.set_private(found.name, found.kind, _is_private(body, found.private))
+        if "gated" in body:
+            call.hub.community.set_gate(found, gate)
+        call.note(action="settings", **{key: body[key] for key in ("visibility", "private", "gated") if key in body})
 
     await run_in_threadpool(change)
     return json_response({})
@@ -168,66 +174,7 @@ async def auth_check(call: Call) -> Response:
     return json_response({})
 
 
-# Lists ----------------------------------------------------------------------------------------------------------------
-
-
-async def listing(call: Call) -> Response:
-    """`GET /api/models`: all that may be seen and that fit the filters, page by page."""
-    query = parse_qs(call.request.url.query)
-    search = query.get("search", [""])[-1].lower()
-    author = query.get("author", [""])[-1].lower()
-    filters = [part for value in query.get("filter", []) for part in value.split(",") if part]
-    order = query.get("sort", ["lastModified"])[-1]
-    full = any(query.get(name, ["0"])[-1].lower() in ("1", "true") for name in ("full", "cardData", "config"))
-    expand = query.get("expand", [])
-    begin, limit = page(query)
-
-    def find() -> tuple[list[dict[str, object]], bool]:
-        repositories = [
-            repository
-            for repository in call.hub.metadata.repositories(call.kind)
-            if call.may_read(repository)
-            and search in repository.name.key
-            and (not author or repository.name.namespace.lower() == author)
-        ]
-        by = {"createdAt": lambda r: r.created, "lastModified": lambda r: r.updated}.get(order)
-        if by is not None:
-            repositories.sort(key=by, reverse=query.get("direction", ["-1"])[-1] != "1")
-        found: list[dict[str, object]] = []
-        seen = 0
-        for repository in repositories:
-            described = _listed(call, repository)
-            if not _fits(described, filters, query):
-                continue
-            seen += 1
-            if begin < seen <= begin + limit:
-                found.append(described)
-            if seen > begin + limit:
-                break
-        return [_short(item, full, expand) for item in found], seen > begin + limit
-
-    items, more = await run_in_threadpool(find)
-    return json_response(items, headers=next_page(call, begin + limit) if more else None)
-
-
-def _listed(call: Call, found: Repository) -> dict[str, object]:
-    head = call.hub.registry.head(found.name, MAIN, found.kind)
-    return describing.repository(found, head, call.hub.content, blobs=False)
-
-
-def _fits(described: Mapping[str, object], filters: list[str], query: Mapping[str, list[str]]) -> bool:
-    tags = described["tags"]
-    assert isinstance(tags, list)
-    known = {*tags, described.get("library_name"), described.get("pipeline_tag")}
-    wanted = [*filters, *query.get("pipeline_tag", []), *query.get("library", [])]
-    return all(value in known for value in wanted)
-
-
-def _short(described: Mapping[str, object], full: bool, expand: list[str]) -> dict[str, object]:
-    if expand:
-        return {key: described[key] for key in ("_id", "id", *expand) if key in described}
-    left_out = set() if full else {"siblings", "cardData", "usedStorage"}
-    return {key: value for key, value in described.items() if key not in left_out}
+# History --------------------------------------------------------------------------------------------------------------
 
 
 async def commits(call: Call) -> Response:
@@ -261,7 +208,7 @@ async def refs(call: Call) -> Response:
             "converts": [],
         }
         if call.request.query_params.get("include_prs") in ("1", "true", "True"):
-            listed["pullRequests"] = []
+            listed["pullRequests"] = describing.refs(known, [PULLS])
         return listed
 
     return json_response(await run_in_threadpool(find))
@@ -292,6 +239,7 @@ async def tag(call: Call) -> Response:
 
 
 def _add_ref(call: Call, ref: str, name: str, start: str) -> None:
+    call.note(action="ref.add", ref=ref, start=start)
     found = call.writable()
     try:
         check_branch(name)
@@ -307,6 +255,7 @@ def _add_ref(call: Call, ref: str, name: str, start: str) -> None:
 
 
 def _remove_ref(call: Call, ref: str) -> None:
+    call.note(action="ref.remove", ref=ref)
     found = call.writable()
     if ref == BRANCHES + MAIN:
         raise HttpError(403, f"Cannot delete {ref}")

@@ -125,13 +125,15 @@ def text_of(value: object, what: str, default: str | None = None) -> str:
 
 def page(query: Mapping[str, list[str]], default: int = MAX_PAGE) -> tuple[int, int]:
     """Where a page of a list begins, and how many items it has. Raises `HttpError` for what is no number."""
-    numbers = []
-    for name, otherwise in (("cursor", 0), ("limit", default)):
-        text = query.get(name, [str(otherwise)])[-1]
-        if not text.isdecimal() or len(text) > 9:
-            raise HttpError(400, f"{name} has to be a number.")
-        numbers.append(int(text))
-    return numbers[0], max(1, min(numbers[1], MAX_PAGE))
+    return page_number(query, "cursor"), max(1, min(page_number(query, "limit", default), MAX_PAGE))
+
+
+def page_number(query: Mapping[str, list[str]], name: str, default: int = 0) -> int:
+    """A number in an address. Raises `HttpError` for what is none."""
+    text = query.get(name, [str(default)])[-1]
+    if not text.isdecimal() or len(text) > 9:
+        raise HttpError(400, f"{name} has to be a number.")
+    return int(text)
 
 
 @dataclass(frozen=True)

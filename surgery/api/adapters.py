@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Unpack
 
-from surgery.api.calling import check_keywords, resolved, split
+from surgery.api.calling import check_keywords, counted, resolved, split
 from surgery.keywords import (
     CombineKeywords,
     ConvertKeywords,
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from surgery.reports import CombineReport, ConvertReport, ExtractReport, MergeReport, RestoreReport
 
 
+@counted
 def extract(
     base: CheckpointLike,
     tuned: CheckpointLike,
@@ -67,6 +68,7 @@ def extract(
     return run_extract(resolve_checkpoint(base), resolve_checkpoint(tuned), output, ExtractOptions(**options), run)
 
 
+@counted
 def restore(
     base: CheckpointLike,
     adapter: AdapterLike,
@@ -93,6 +95,7 @@ def restore(
     return run_restore(found, opened, output, split(keywords)[0])
 
 
+@counted
 def merge(
     base: CheckpointLike,
     *adapters: AdapterLike,
@@ -125,6 +128,7 @@ def merge(
     return run_merge(*resolved("BASE", base, adapters), output, MergeOptions(**options), run)
 
 
+@counted
 def subtract(
     merged: CheckpointLike,
     *adapters: AdapterLike,
@@ -157,6 +161,7 @@ def subtract(
     return run_subtract(*resolved("MERGED", merged, adapters), output, MergeOptions(**options), run)
 
 
+@counted
 def switch(
     merged: CheckpointLike,
     old: AdapterLike,
@@ -194,6 +199,7 @@ def switch(
     return run_switch(found, one, other, output, MergeOptions(**options), run)
 
 
+@counted
 def combine(
     *adapters: AdapterLike, output: str | os.PathLike[str], **keywords: Unpack[CombineKeywords]
 ) -> CombineReport:
@@ -234,6 +240,7 @@ def combine(
     return run_combine(opened, output, CombineOptions(**options), run)
 
 
+@counted
 def resize(
     adapter: AdapterLike, *, output: str | os.PathLike[str], **keywords: Unpack[ResizeKeywords]
 ) -> CombineReport:
@@ -264,6 +271,7 @@ def resize(
     return run_resize(resolve_adapter(adapter), output, CombineOptions(**options), run)
 
 
+@counted
 def convert(
     adapter: str | os.PathLike[str],
     *,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack
 
 from surgery.errors import OptionError
 from surgery.keywords import RunKeywords
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from surgery.adapter import Adapter
     from surgery.checkpoint import Checkpoint
     from surgery.operation import RunOptions
+    from surgery.reports import Report
 
     CheckpointLike = str | os.PathLike[str] | Checkpoint
     AdapterLike = str | os.PathLike[str] | tuple[str | os.PathLike[str], float] | Adapter
@@ -50,6 +53,24 @@ def check_keywords(verb: str, keywords: Mapping[str, object], known: type) -> No
 
             near = "".join(f" Did you mean {match!r}?" for match in get_close_matches(name, names, 1))
             raise TypeError(f"{verb}() has no keyword {name!r}.{near} It takes {', '.join(names)}.")
+
+
+Arguments = ParamSpec("Arguments")
+Made = TypeVar("Made", bound="Report")
+
+
+def counted(verb: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
+    """A verb whose report says what came over the network."""
+
+    @functools.wraps(verb)
+    def run(*arguments: Arguments.args, **keywords: Arguments.kwargs) -> Made:
+        from surgery.hub.traffic import counting, summary
+
+        with counting() as remotes:
+            report = verb(*arguments, **keywords)
+        return replace(report, fetched=summary(remotes)) if remotes else report
+
+    return run
 
 
 def resolved(

@@ -64,7 +64,7 @@ def evaluate(
     from surgery.evaluation.options import EvalOptions, EvalSettings
     from surgery.evaluation.run import evaluate as run_evaluate
     from surgery.execute import NoProgress
-    from surgery.hub.resolve import resolve_checkpoint
+    from surgery.hub.resolve import resolve_checkpoint, stored
 
     check_keywords("evaluate", keywords, EvaluateKeywords)
     given: dict[str, Any] = dict(keywords)
@@ -80,12 +80,12 @@ def evaluate(
     sources = [_adapter_source(adapter) for adapter in adapters]
     several = (against,) if isinstance(against, str | os.PathLike | Checkpoint | Adapter) else against
     others = [
-        resolve_checkpoint(one)
+        stored(resolve_checkpoint(one))
         if isinstance(one, Checkpoint) or not (isinstance(one, Adapter) or _is_adapter(one))
         else _adapter_source(one)
         for one in several
     ]
-    return run_evaluate(resolve_checkpoint(checkpoint), options, sources, others, settings)
+    return run_evaluate(stored(resolve_checkpoint(checkpoint)), options, sources, others, settings)
 
 
 def verdicts(file: str | os.PathLike[str], *, key: str | os.PathLike[str]) -> VerdictsReport:
@@ -119,13 +119,15 @@ def mixed_adapters(model: Any, adapters: Sequence[AdapterLike], names: Sequence[
 
 def _adapter_source(reference: AdapterLike) -> AdapterSource:
     """An adapter of any kind, as `evaluate` takes it."""
-    from surgery.adapter import Adapter
+    from surgery.adapter import Adapter, read_adapter
     from surgery.evaluation.sources import AdapterSource
-    from surgery.hub.resolve import resolve_adapter, split_weight
+    from surgery.hub.resolve import adapter_on_disk, resolve_adapter, split_weight
 
     if isinstance(reference, Adapter):
         return AdapterSource.of(reference.label, reference.weight, lambda: reference)
     name, weight = reference if isinstance(reference, tuple) else split_weight(reference)
+    if (folder := adapter_on_disk(name)) is not None:
+        return AdapterSource.of(os.fspath(name), weight, lambda: read_adapter(folder, weight), folder.path)
     return AdapterSource.of(os.fspath(name), weight, lambda: resolve_adapter((name, weight)))
 
 

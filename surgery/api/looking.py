@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 from surgery.api.calling import check_keywords, resolved, split
-from surgery.errors import OptionError
+from surgery.errors import OptionError, UnsupportedError
 from surgery.keywords import AnalyzeKeywords, EstimateKeywords, MethodKeywords, VerifyKeywords
 
 if TYPE_CHECKING:
     from surgery.adapter import Adapter
     from surgery.analysis.report import AnalyzeReport
     from surgery.api.calling import AdapterLike, CheckpointLike
+    from surgery.checkpoint import Checkpoint
     from surgery.ops.inspection import AdapterReport, CheckpointReport
     from surgery.ops.lint import LintReport
     from surgery.ops.verify import CompareReport, VerifyReport
@@ -23,10 +24,20 @@ if TYPE_CHECKING:
 def inspect(path: CheckpointLike | Adapter, *, tensors: bool = False) -> CheckpointReport | AdapterReport:
     """Describe a checkpoint or an adapter from its headers; with `tensors`, list every tensor."""
     from surgery.adapter import Adapter
-    from surgery.hub.resolve import resolve
-    from surgery.ops.inspection import inspect_adapter, inspect_checkpoint
+    from surgery.hub.resolve import resolve, resolve_files
+    from surgery.ops.inspection import inspect_adapter, inspect_beside, inspect_checkpoint, is_beside
 
-    found = resolve(path)
+    found: Checkpoint | Adapter | None
+    try:
+        found = resolve(path)
+    except UnsupportedError:
+        found = None
+    beside = found is None or (not isinstance(found, Adapter) and is_beside(found))
+    if beside and isinstance(path, str | os.PathLike) and is_beside(files := resolve_files(path)):
+        # Trained beside a base and without factors: no adapter that can be merged, and no checkpoint.
+        return inspect_beside(files, tensors)
+    if found is None:
+        found = resolve(path)  # which says what is wrong with it
     return inspect_adapter(found, tensors) if isinstance(found, Adapter) else inspect_checkpoint(found, tensors)
 
 
@@ -58,7 +69,7 @@ def verify(
             threads: tensors at a time.
             progress: told about the bytes as they pass.
     """
-    from surgery.hub.resolve import resolve_checkpoint, resolve_files
+    from surgery.hub.resolve import resolve_checkpoint, resolve_files, stored
     from surgery.ops.verify import compare, verify_output, with_logits
 
     check_keywords("verify", keywords, VerifyKeywords)
@@ -69,6 +80,8 @@ def verify(
     if right is None:
         return verify_output(resolve_files(left), settings)
     pair = resolve_checkpoint(left), resolve_checkpoint(right)
+    if logits:
+        pair = stored(pair[0]), stored(pair[1])
     report = compare(*pair, settings)
     return with_logits(report, *pair, keywords.get("seed", 0)) if logits else report
 

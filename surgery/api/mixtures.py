@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Unpack
 
-from surgery.api.calling import check_keywords, split
+from surgery.api.calling import check_keywords, counted, split
 from surgery.keywords import DenseKeywords, UpcycleKeywords
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from surgery.upcycling.report import DenseReport, UpcycleReport
 
 
+@counted
 def upcycle(
     checkpoint: CheckpointLike,
     *,
@@ -56,7 +57,7 @@ def upcycle(
             hash: hash every tensor for `surgery.json`; True by default.
             progress: told about the bytes as they pass.
     """
-    from surgery.hub.resolve import resolve_checkpoint
+    from surgery.hub.resolve import resolve_checkpoint, stored
     from surgery.upcycling.options import UpcycleOptions
     from surgery.upcycling.upcycle import upcycle as run_upcycle
 
@@ -65,6 +66,8 @@ def upcycle(
     measured = options.pop("verify", None), options.pop("text", None)
     chosen = UpcycleOptions(**options)
     found = resolve_checkpoint(checkpoint)
+    if measured[0] or measured[1] is not None or chosen.start_of_router.path:
+        found = stored(found)  # a model is run
     sources = _sources(chosen.expert_init.kind, chosen.expert_init.paths)
     return run_upcycle(found, output, chosen, run, *measured, sources)
 
@@ -86,6 +89,7 @@ def _sources(kind: str, paths: Sequence[str]) -> list[Checkpoint] | list[Adapter
     return [resolve_checkpoint(path) for path in paths]
 
 
+@counted
 def dense(
     checkpoint: CheckpointLike, *, output: str | os.PathLike[str], **keywords: Unpack[DenseKeywords]
 ) -> DenseReport:

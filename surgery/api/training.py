@@ -132,22 +132,28 @@ def find_start(reference: CheckpointLike, base: CheckpointLike | None = None, an
     """
     from surgery.checkpoint import Checkpoint
     from surgery.errors import InputError, OptionError
-    from surgery.hub.resolve import resolve_checkpoint
+    from surgery.folder import LocalFolder
+    from surgery.hub.resolve import adapter_on_disk, is_adapter, resolve_checkpoint, stored
     from surgery.training.starting import adapter_files, holds_method, start_from, start_on
 
-    place = None if isinstance(reference, Checkpoint) else Path(reference)
-    if place is None or not holds_method(place):
+    place = None
+    if not isinstance(reference, Checkpoint):
+        if holds_method(Path(reference)):
+            place = LocalFolder(reference)
+        elif is_adapter(reference):
+            place = adapter_on_disk(reference)
+    if place is None:
         if base is not None or any_base:
             flag = "--any-base" if base is None else "--base"
             raise OptionError(f"{flag} is for an adapter that is trained on, and {reference} is none.")
-        return start_from(resolve_checkpoint(reference))
+        return start_from(stored(resolve_checkpoint(reference)))
     if base is None:
         name = adapter_files(place).config.get("base_model_name_or_path")
         try:
-            found = resolve_checkpoint(str(name or ""))
+            found = stored(resolve_checkpoint(str(name or "")))
         except InputError as error:
             raise InputError(
-                f"{place} is an adapter of {name!r}, which is not here; name its base with --base CHECKPOINT."
+                f"{place.label} is an adapter of {name!r}, which is not here; name its base with --base CHECKPOINT."
             ) from error
         return start_on(place, found, any_base)
-    return start_on(place, resolve_checkpoint(base), any_base)
+    return start_on(place, stored(resolve_checkpoint(base)), any_base)

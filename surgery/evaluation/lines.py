@@ -44,8 +44,7 @@ def find_lines(
     subject: EvalSubject, rows: Rows, column: str | None, sources: Sequence[AdapterSource]
 ) -> Iterator[Line]:
     """The base and each adapter, on every item, or on those that name them."""
-    assert subject.checkpoint.path is not None
-    own = folder_name(subject.checkpoint.path)
+    own = folder_name(subject.checkpoint)
     if own in {source.name for source in sources}:
         own = subject.checkpoint.label if subject.checkpoint.label not in {s.name for s in sources} else "base"
     every = range(len(subject.examples))
@@ -90,7 +89,7 @@ def sort_out(lines: Sequence[Line], model: Any, subject: EvalSubject) -> tuple[l
                 plain = [lora for lora in source.adapter.loras if not lora.depth and ".experts." not in lora.module]
                 check_modules(source.adapter, plain, model)
             reason = reason or alone_by_model(source.adapter, model)
-            notes += other_base(subject.checkpoint, source.adapter)
+        notes += other_base(subject.checkpoint, source)
         if not subject.has_head and not brings_head(stored_names(source), model):
             raise InputError(f"Neither {subject.checkpoint.label} nor {source.label} has a head for classes.")
         kept.append(replace(line, reason=reason))
@@ -108,8 +107,7 @@ def other_line(
         raise InputError(
             f"{checkpoint.label} does {found.task.name}, and {subject.checkpoint.label} {subject.task.name}."
         )
-    assert checkpoint.path is not None
-    name = folder_name(checkpoint.path)
+    name = folder_name(checkpoint)
     if name in {line.name for line in lines}:
         name = checkpoint.label if checkpoint.label not in {line.name for line in lines} else f"{name} (against)"
     return Line(name, "checkpoint", found, range(len(found.examples)))

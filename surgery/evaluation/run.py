@@ -63,10 +63,9 @@ def evaluate(
                 others.append(other_line(one, subject, rows, options, [*lines, *others]))
         work = Work(settings, device, dtype)
         found, notes = work.run(subject, lines, others)
-    assert checkpoint.path is not None
     shown = found if column is None else [*found, total_of(found)]
     report = EvalReport(
-        checkpoint=folder_name(checkpoint.path),
+        checkpoint=folder_name(checkpoint),
         task=subject.task.name,
         device=device,
         precision=precision,

@@ -17,7 +17,7 @@ from surgery.errors import InputError, MismatchError, OptionError, UnsupportedEr
 from surgery.names import plain
 from surgery.ops.deltas import PlainReader
 from surgery.ops.fitting import fit
-from surgery.ops.kinship import refuse_by_probe
+from surgery.ops.kinship import note_other_base, refuse_by_probe
 from surgery.training.methods.folders import PROMPT_FOLDER, SETTINGS, read_own
 from surgery.training.methods.prepared import own_name
 from surgery.training.starting import adapter_files
@@ -45,9 +45,9 @@ class AdapterSource:
     reason: str | None = None
 
     @classmethod
-    def of(cls, label: str, weight: float, opened: Callable[[], Adapter]) -> AdapterSource:
+    def of(cls, label: str, weight: float, opened: Callable[[], Adapter], place: Path | None = None) -> AdapterSource:
         """Look at what is in a folder. `opened` reads it as PEFT's LoRA, or raises what is wrong with that."""
-        place = Path(label)
+        place = Path(label) if place is None else place
         name = Path(label.rstrip("/")).name or label
         if (place / SETTINGS).is_file():
             method = read_own(place)["method"]
@@ -150,8 +150,11 @@ def stored_names(source: AdapterSource) -> list[str]:
     return [own_name(name) for name in adapter_files(source.path).tensors]
 
 
-def other_base(checkpoint: Checkpoint, adapter: Adapter) -> list[str]:
+def other_base(checkpoint: Checkpoint, source: AdapterSource) -> list[str]:
     """A sentence if hashes prove that an adapter was made for another base; it is evaluated all the same."""
+    adapter = source.adapter
+    if adapter is None:
+        return [] if source.path is None else list(note_other_base(checkpoint, adapter_files(source.path)))
     try:
         changes = fit(checkpoint, [adapter])
     except InputError:

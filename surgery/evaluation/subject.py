@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -132,6 +131,6 @@ def place_of(subject: EvalSubject, items: Sequence[int]) -> str:
     return f"{places[0]}{more}"
 
 
-def folder_name(path: Path) -> str:
-    """What to call a folder in a report."""
-    return path.resolve().name
+def folder_name(checkpoint: Checkpoint) -> str:
+    """What to call a checkpoint in a report: its folder's name, without what leads there."""
+    return checkpoint.provenance["source"].rpartition("/")[2]

@@ -129,12 +129,9 @@ def _files(base: Checkpoint, tuned: Checkpoint) -> _Files:
         entries[name] = FileEntry(digest, in_base)
         if not in_base:
             kept[name] = source
-    if tuned.path is not None:
-        notes += [
-            f"The folder {name}/ of {tuned.label} is not on record."
-            for name in ("undo", "exact")
-            if (tuned.path / name).is_dir()
-        ]
+    notes += [
+        f"The folder {name}/ of {tuned.label} is not on record." for name in ("undo", "exact") if tuned.record(name)
+    ]
     return _Files(kept, entries, tuple(notes))
 
 

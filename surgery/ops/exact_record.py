@@ -242,27 +242,22 @@ def _describe_base(tensor: StoredTensor, hashes: HashBook) -> dict[str, object]:
 
 def has_exact(adapter: Adapter) -> bool:
     """Whether an adapter was extracted with `--exact`."""
-    path = adapter.files.path
-    return path is not None and (path / FOLDER / "record.json").is_file()
+    return "record.json" in adapter.files.record(FOLDER)
 
 
 def exact_bytes(adapter: Adapter) -> int | None:
     """Size of an adapter's exact record, or None where it has none."""
-    if not has_exact(adapter) or adapter.files.path is None:
-        return None
-    return sum(path.stat().st_size for path in (adapter.files.path / FOLDER).rglob("*") if path.is_file())
+    return sum(adapter.files.record(FOLDER).values()) if has_exact(adapter) else None
 
 
 def open_exact(adapter: Adapter) -> ExactRecord:
-    """Open the exact record of an adapter on disk. Raises `FormatError` for one that cannot be used."""
-    if adapter.files.path is None:
-        raise InputError(f"{adapter.label} is not a folder on disk; fetch it first.")
+    """Open the exact record of an adapter. Raises `FormatError` for one that cannot be used."""
     if not has_exact(adapter):
         raise InputError(
             f"{adapter.label} has no exact record (it was not extracted with --exact); `surgery merge` gives an "
             "approximation of the fine-tune."
         )
-    folder = LocalFolder(adapter.files.path / FOLDER)
+    folder = adapter.files.folder.subfolder(FOLDER)
     content = read_json(folder.open("record.json"))
     label = f"{folder.label}/record.json"
     if content.get("schema") != SCHEMA:

@@ -91,7 +91,7 @@ Blocks = dict[str, dict[tuple[int, int], list[Contribution]]]
 
 
 def fit(
-    base: Checkpoint, adapters: Sequence[Adapter], base_hash: Callable[[StoredTensor], str] = hash_tensor
+    base: Checkpoint, adapters: Sequence[Adapter], base_hash: Callable[[StoredTensor], str] | None = hash_tensor
 ) -> dict[str, Change]:
     """Place every tensor of every adapter. Raises `MismatchError` naming all that do not fit.
 
@@ -99,7 +99,8 @@ def fit(
         base: what the adapters are for.
         adapters: in the order in which they are added.
         base_hash: the hash of one of the base's tensors; another than that of its bytes where `base` is a merged
-            checkpoint seen as its base.
+            checkpoint seen as its base. With None no data are read, and a copy of one of the base's tensors counts as
+            one that takes its place.
     """
     directory = Directory(base)
     blocks: Blocks = {}
@@ -249,7 +250,7 @@ def _place_saved(
     tensor: StoredTensor,
     reading: Reading,
     saved: dict[str, StoredTensor],
-    base_hash: Callable[[StoredTensor], str],
+    base_hash: Callable[[StoredTensor], str] | None,
 ) -> list[str]:
     stored = directory.parameter(reading(name)) or directory.parameter(name)
     if stored == HEAD and directory.tied_head is not None:
@@ -275,12 +276,12 @@ def _place_saved(
     return []
 
 
-def _is_copy(tensor: StoredTensor, own: StoredTensor | None, base_hash: Callable[[StoredTensor], str]) -> bool:
+def _is_copy(tensor: StoredTensor, own: StoredTensor | None, base_hash: Callable[[StoredTensor], str] | None) -> bool:
     """Whether an adapter's tensor is the base's own: PEFT stores the embeddings and heads that it wraps, too.
 
     Told by its key, and then by its values in the base's dtype.
     """
-    if own is None or ".base_layer." not in tensor.name or tensor.shape != own.shape:
+    if base_hash is None or own is None or ".base_layer." not in tensor.name or tensor.shape != own.shape:
         return False
     if not (tensor.dtype.arithmetic and own.dtype.arithmetic):
         return False

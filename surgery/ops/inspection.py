@@ -15,7 +15,7 @@ from surgery.ops.directory import head_tied_to
 from surgery.ops.exact_record import exact_bytes
 from surgery.ops.record import has_record
 from surgery.provenance import read_provenance
-from surgery.sites import find_sites, memory_names, vocabulary_of
+from surgery.sites import Site, find_sites, memory_names, vocabulary_of
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ class AdapterReport:
     """What an adapter is.
 
     Attributes:
+        method: `LORA`, PEFT's name of another type, or the name of a method that PEFT does not have.
         ranks: how many modules have each rank; of stacked experts, the rank of one.
         alpha: the config's `lora_alpha`.
         targets: last components of the modules' names, with how many modules each.
@@ -132,6 +133,7 @@ class AdapterReport:
     origin: Origin | None
     tensors: tuple[TensorSummary, ...] = ()
     exact_bytes: int | None = None
+    method: str = "LORA"
     kind: str = field(default="adapter", kw_only=True)
 
     def as_dict(self) -> dict[str, object]:
@@ -163,7 +165,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, tensors: bool = False) -> Checkpo
         dtypes={name: Share.of(found) for name, found in sorted(dtypes.items())},
         files={name: checkpoint.folder.open(name).size for name in checkpoint.weights.names},
         tied_head=None if tied is None else tied.name,
-        experts=_experts(checkpoint),
+        experts=experts_of(checkpoint, find_sites(checkpoint)),
         origin=_origin(checkpoint),
         reversible=has_record(checkpoint),
         left_behind=checkpoint.left_behind,
@@ -185,9 +187,6 @@ def inspect_adapter(adapter: Adapter, tensors: bool = False) -> AdapterReport:
         "alpha_pattern": config.get("alpha_pattern"),
         "replaced token rows": adapter.tokens,
     }
-    dtypes: dict[str, list[StoredTensor]] = {}
-    for tensor in files.tensors.values():
-        dtypes.setdefault(tensor.dtype.name, []).append(tensor)
     ranks = Counter(_rank(adapter, lora) for lora in adapter.loras)
     targets = Counter(lora.module.rpartition(".")[2] for lora in adapter.loras)
     base, task = config.get("base_model_name_or_path"), config.get("task_type")
@@ -202,11 +201,48 @@ def inspect_adapter(adapter: Adapter, tensors: bool = False) -> AdapterReport:
         targets=dict(sorted(targets.items())),
         variants=tuple(name for name, value in found.items() if value),
         saved=tuple(adapter.saved),
-        dtypes={name: Share.of(held) for name, held in sorted(dtypes.items())},
+        dtypes=_by_dtype(files),
         origin=_origin(files),
         tensors=_tensors(files) if tensors else (),
         exact_bytes=exact_bytes(adapter),
     )
+
+
+def inspect_beside(files: Checkpoint, tensors: bool = False) -> AdapterReport:
+    """Describe what is trained beside a base and has no factors: prompts, prefixes, and methods of our own."""
+    config = files.config
+    base, task, method = (config.get(name) for name in ("base_model_name_or_path", "task_type", "method"))
+    virtual, rank = config.get("num_virtual_tokens"), config.get("rank")
+    particulars = {f"{virtual} virtual tokens": virtual, f"bottleneck of {rank}": rank}
+    return AdapterReport(
+        label=files.label,
+        base=base if isinstance(base, str) else None,
+        task=task if isinstance(task, str) else None,
+        total=Share.of(list(files.tensors.values())),
+        modules=0,
+        ranks={},
+        alpha=None,
+        targets={},
+        variants=tuple(text for text, value in particulars.items() if isinstance(value, int)),
+        saved=(),
+        dtypes=_by_dtype(files),
+        origin=_origin(files),
+        tensors=_tensors(files) if tensors else (),
+        method=str(config.get("peft_type") or method),
+    )
+
+
+def is_beside(files: Checkpoint) -> bool:
+    """Whether that is what lies in a folder, by its settings."""
+    kind = files.config.get("peft_type")
+    return kind not in (None, "LORA") or "surgery_method.json" in files.folder.names()
+
+
+def _by_dtype(files: Checkpoint) -> dict[str, Share]:
+    dtypes: dict[str, list[StoredTensor]] = {}
+    for tensor in files.tensors.values():
+        dtypes.setdefault(tensor.dtype.name, []).append(tensor)
+    return {name: Share.of(held) for name, held in sorted(dtypes.items())}
 
 
 def _rank(adapter: Adapter, lora: Lora) -> int:
@@ -224,8 +260,9 @@ def _tensors(checkpoint: Checkpoint) -> tuple[TensorSummary, ...]:
     )
 
 
-def _experts(checkpoint: Checkpoint) -> Experts | None:
-    stacks = [site for site in find_sites(checkpoint).values() if len(site.matrices) > 1]
+def experts_of(checkpoint: Checkpoint, sites: Mapping[str, Site]) -> Experts | None:
+    """The experts of a checkpoint whose sites are known; None where it has none."""
+    stacks = [site for site in sites.values() if len(site.matrices) > 1]
     numbered = [(layer_of(name), expert_of(name)) for name in checkpoint.tensors if expert_of(name) is not None]
     if not stacks and not numbered:
         return None

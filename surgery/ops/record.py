@@ -186,14 +186,13 @@ class Record:
 
 def has_record(merged: Checkpoint) -> bool:
     """Whether a checkpoint was merged reversibly."""
-    return merged.path is not None and (merged.path / FOLDER / "record.json").is_file()
+    return "record.json" in merged.record(FOLDER)
 
 
 def open_record(merged: Checkpoint) -> Record:
-    """Open the undo record of a merged checkpoint on disk. Raises `FormatError` for one that cannot be used."""
-    assert merged.path is not None
-    place = merged.path / FOLDER
-    folder = LocalFolder(place)
+    """Open the undo record of a merged checkpoint. Raises `FormatError` for one that cannot be used."""
+    folder = merged.folder.subfolder(FOLDER)
+    place = folder.path
     content = read_json(folder.open("record.json"))
     label = f"{place}/record.json"
     if content.get("schema") != SCHEMA:

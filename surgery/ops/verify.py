@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from surgery.checkpoint import Checkpoint
+from surgery.checkpoint import Checkpoint, expect, expect_nothing
 from surgery.errors import InputError
 from surgery.execute import Settings, execute
-from surgery.hashing import HashBook, hash_tensor
+from surgery.hashing import HashBook, hash_source, hash_tensor
 from surgery.ops.factor import CompareStep
 from surgery.ops.running import first_output, load, quietly, random_inputs
 from surgery.pairing import TensorPair
@@ -114,6 +114,7 @@ def verify_output(checkpoint: Checkpoint, settings: Settings) -> VerifyReport:
     problems: list[str] = []
     good = 0
     settings.progress.start(checkpoint.nbytes, "verifying")
+    expect(checkpoint.tensors[name] for name in outputs if name in checkpoint.tensors)
     try:
         for name, expected in outputs.items():
             tensor = checkpoint.tensors.get(name)
@@ -131,15 +132,19 @@ def verify_output(checkpoint: Checkpoint, settings: Settings) -> VerifyReport:
                 good += 1
     finally:
         settings.progress.stop()
+        expect_nothing(checkpoint.tensors.values())
     problems += [f"Tensor {name!r} is not on record." for name in checkpoint.tensors if name not in outputs]
     good_files, file_problems = _verify_files(checkpoint, files if isinstance(files, dict) else {})
     return VerifyReport(checkpoint.label, str(content.get("operation")), good, good_files, (*problems, *file_problems))
 
 
 def _verify_files(checkpoint: Checkpoint, expected: Mapping[str, object]) -> tuple[int, list[str]]:
-    if checkpoint.path is None or not checkpoint.path.is_dir():
+    if checkpoint.path is None:
+        found = _hash_folder(checkpoint)
+    elif checkpoint.path.is_dir():
+        found = hash_files(checkpoint.path, checkpoint.weights.names)
+    else:
         return 0, []
-    found = hash_files(checkpoint.path, checkpoint.weights.names)
     problems = []
     for name, digest in expected.items():
         if name not in found:
@@ -151,6 +156,14 @@ def _verify_files(checkpoint: Checkpoint, expected: Mapping[str, object]) -> tup
     known = {*expected, _CARD}
     strangers = [name for name in found if name not in known and not any(p.startswith(".") for p in name.split("/"))]
     return good, problems + [f"File {name} is not on record." for name in strangers]
+
+
+def _hash_folder(checkpoint: Checkpoint) -> dict[str, str]:
+    """As `hash_files`, of a folder that is not on disk."""
+    records = [f"{name}/{file}" for name in ("undo", "exact") for file in checkpoint.record(name)]
+    skipped = {*checkpoint.weights.names, FILE_NAME}
+    names = [name for name in (*checkpoint.folder.names(), *records) if name not in skipped]
+    return {name: hash_source(checkpoint.folder.open(name)) for name in names}
 
 
 def compare(left: Checkpoint, right: Checkpoint, settings: Settings) -> CompareReport:

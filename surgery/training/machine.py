@@ -22,6 +22,8 @@ def accelerated(options: TrainOptions, device: str, trackers: Sequence[str]) -> 
     from accelerate.accelerator import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
+    # accelerate imports DeepSpeed wherever it is installed, which prints what it guesses to standard output.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     named = [check_tracker(name) for name in trackers]
     if device not in ("auto", "cpu"):
         if not torch.cuda.is_available():

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from surgery.adapter import read_adapter
 from surgery.checkpoint import Checkpoint, read_adapter_files, read_foreign_adapter
-from surgery.errors import InputError
+from surgery.errors import InputError, MismatchError
 from surgery.folder import LocalFolder
 from surgery.ops.fitting import fit
-from surgery.ops.kinship import refuse_by_probe
+from surgery.ops.kinship import note_other_base, refuse_by_probe
 from surgery.provenance import Input
 from surgery.training.methods.folders import SETTINGS, TENSORS
 
@@ -40,7 +40,7 @@ def start_from(checkpoint: Checkpoint) -> Start:
     return Start(_on_disk(checkpoint))
 
 
-def start_on(place: Path, base: Checkpoint, any_base: bool) -> Start:
+def start_on(place: LocalFolder, base: Checkpoint, any_base: bool) -> Start:
     """An adapter that is trained on, and its base.
 
     Args:
@@ -54,11 +54,13 @@ def start_on(place: Path, base: Checkpoint, any_base: bool) -> Start:
     """
     files, checkpoint = adapter_files(place), _on_disk(base)
     if files.config.get("peft_type") == "LORA":
-        adapter = read_adapter(LocalFolder(place))
+        adapter = read_adapter(place)
         changes = fit(checkpoint, [adapter])
         if not any_base:
             refuse_by_probe(checkpoint, [adapter], changes)
-    return Start(checkpoint, place, files)
+    elif not any_base and (other := note_other_base(checkpoint, files)):
+        raise MismatchError(other[0].removesuffix(".") + "; --any-base takes it all the same.")
+    return Start(checkpoint, place.path, files)
 
 
 def holds_method(place: Path) -> bool:
@@ -68,11 +70,12 @@ def holds_method(place: Path) -> bool:
     )
 
 
-def adapter_files(place: Path) -> Checkpoint:
+def adapter_files(place: Path | LocalFolder) -> Checkpoint:
     """The tensors of an adapter's folder, and its settings as config."""
-    if (place / SETTINGS).is_file():
-        return read_foreign_adapter(LocalFolder(place), (Path(TENSORS).stem,), SETTINGS)
-    return read_adapter_files(LocalFolder(place))
+    folder = place if isinstance(place, LocalFolder) else LocalFolder(place)
+    if (folder.path / SETTINGS).is_file():
+        return read_foreign_adapter(folder, (Path(TENSORS).stem,), SETTINGS)
+    return read_adapter_files(folder)
 
 
 def _on_disk(checkpoint: Checkpoint) -> Checkpoint:

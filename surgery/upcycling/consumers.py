@@ -11,7 +11,7 @@ from typing import Any
 
 from surgery.checkpoint import Checkpoint, StoredTensor
 from surgery.errors import SurgeryError
-from surgery.folder import WeightFiles
+from surgery.folder import WeightFiles, WithoutRecords
 from surgery.ops.lint import REFUSED, SILENT, WARNING, Finding, lint_checkpoint
 from surgery.ops.running import TOKENIZER_FILES
 from surgery.plan import CopyStep, Plan, Step
@@ -37,7 +37,7 @@ _OF_EXPERT_CHOICE = {"capacity": None, "group": "sequence", "allow_future": Fals
 
 
 @dataclass(frozen=True)
-class _PlannedFolder:
+class _PlannedFolder(WithoutRecords):
     """An output folder before it is there."""
 
     label: str

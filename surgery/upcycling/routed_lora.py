@@ -14,6 +14,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.dtypes import F32
 from surgery.errors import InputError, UnsupportedError
 from surgery.families import family_of
+from surgery.folder import LocalFolder
 from surgery.layout import TensorSpec
 from surgery.moe_families import UPCYCLED_FAMILIES, UpcycledFamily
 from surgery.names import plain
@@ -46,7 +47,7 @@ def where_base_is(checkpoint: Checkpoint, target: Path) -> dict[str, object]:
     and revision. Raises `InputError` for a lone weight file, which transformers cannot load.
     """
     revision = None
-    if checkpoint.path is None:
+    if checkpoint.path is None or (isinstance(checkpoint.folder, LocalFolder) and checkpoint.folder.is_cache):
         name, revision = checkpoint.provenance["source"], checkpoint.provenance.get("revision")
     elif checkpoint.path.is_dir():
         name = os.path.relpath(checkpoint.path.resolve(), target.parent.resolve() / target.name)

@@ -172,7 +172,7 @@ def default_output(checkpoint: Checkpoint, experts: int, kind: str = COPY) -> Pa
     With routed LoRA experts `<name>-molora-<experts>x`.
     """
     ending = f"{'molora' if kind == LORA else 'moe'}-{experts}x"
-    if checkpoint.path is None:
+    if checkpoint.path is None or "revision" in checkpoint.provenance:  # an id, wherever its files lie
         return Path(f"{Path(checkpoint.label.partition('@')[0]).name}-{ending}")
     place = checkpoint.path.resolve()
     stem = place.name if place.is_dir() else place.stem

@@ -18,6 +18,7 @@ LAUNCHER = ROOT / "benchmarks" / "launcher.py"
 OURS = ("surgery extract", "surgery extract --no-hash")
 COMBINES = ("surgery combine", "surgery combine --no-hash")
 METHODS = ("full", "lora")
+HOMES = ("the same home", "a new home")
 MERGES = ("surgery merge", "surgery merge --no-hash")
 EXTRACT_ERRORS = [f"largest error / least possible, 14 modules, {name}" for name in (*OURS, "plain script")]
 EXPECTED: dict[str, tuple[list[str], list[str]]] = {
@@ -101,16 +102,35 @@ EXPECTED: dict[str, tuple[list[str], list[str]]] = {
         ["surgery merge", "cp -r and sync", "surgery merge --no-hash", "python -c 'import torch'"],
         [f"wall time beyond start-up against cp, {name}" for name in MERGES],
     ),
+    "hub": (
+        ["hf upload", "hf download", "cp -r, SHA-256"],
+        [
+            *(f"wall time against cp -r, SHA-256, hf {name}" for name in ("upload", "download")),
+            "server's peak memory while that is pushed",
+            *(f"growth by a 32-expert mixture (10 MB) after its dense checkpoint, from {home}" for home in HOMES),
+            *(f"growth by version 2 of an adapter (0 MB) with one layer changed, from {home}" for home in HOMES),
+            "4 clients that pull an adapter at once, against one",
+        ],
+    ),
     "registry": (
         ["surgery push", "cp -r, sync, SHA-256", "surgery pull"],
         [f"wall time against cp -r, sync, SHA-256, surgery {name}" for name in ("push", "pull")],
     ),
     "training": (
-        [f"{name}, {method}, tiny" for method in METHODS for name in ("surgery.train", "transformers Trainer")],
         [
-            f"{what}, {method}, tiny, against transformers Trainer"
+            f"{name}, {method}, tiny"
             for method in METHODS
-            for what in ("tokens a second", "tokens a second of processor", "largest difference of 20 losses")
+            for name in ("surgery.train", "surgery.train, resumed", "transformers Trainer")
+        ],
+        [
+            figure
+            for method in METHODS
+            for figure in (
+                f"losses of 20 with other bits after a stop, {method}, tiny",
+                f"tokens a second, {method}, tiny, against transformers Trainer",
+                f"tokens a second of processor, {method}, tiny, against transformers Trainer",
+                f"largest difference of 20 losses, {method}, tiny, against transformers Trainer",
+            )
         ],
     ),
     "mixed": (

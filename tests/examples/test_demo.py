@@ -51,6 +51,16 @@ def test_what_was_pulled_is_what_was_pushed(shown: str) -> None:
 
 
 @pytest.mark.slow
+def test_the_server_hands_out_what_the_folder_holds(shown: str) -> None:
+    """The losses of what was pulled are those of the table, from the folder and through the server."""
+    found = re.findall(r"^from-(\w+): adapter (\d+\.\d{3}) .*, mixture (\d+\.\d{3}) ", shown, re.MULTILINE)
+    assert [place for place, *_ in found] == ["registry", "server"]
+    assert found[0][1:] == found[1][1:]
+    assert float(found[0][1]) == _rows(shown)["base + rank 16"]
+    assert shown.count("Uploaded") == shown.count("Downloaded") == 2
+
+
+@pytest.mark.slow
 def test_the_fine_tune_comes_back_whole(shown: str) -> None:
     assert "tuned and tuned-again are the same in all" in shown
     found = re.search(r"^tuned: ([\d,]+) bytes\. exact, from which it came back: ([\d,]+) bytes", shown, re.MULTILINE)
@@ -72,6 +82,6 @@ def test_every_command_is_shown_before_what_it_prints(shown: str) -> None:
     assert commands == [
         *["extract"] * 5, "merge", "verify", "subtract", "verify", "extract", "inspect", "restore", "verify",
         "combine", "resize", "lint", "push", "hub", "pull", "upcycle", "dense", "verify",
-        "train", "train", "eval", "eval",
+        "train", "train", "eval", "eval", "push", "pull", "pull", "hub",
     ]  # fmt: skip
     assert shown.index("$ surgery subtract merged") < shown.index("exactly, proved by the base's hashes")

@@ -10,9 +10,10 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
@@ -48,6 +49,7 @@ class Repository:
     gated: bool = False
     private: bool = False
     messages: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
 
     def commit(self, files: dict[str, bytes], branch: str = "main", message: str = "") -> str:
         described = json.dumps([[name, hashlib.sha256(data).hexdigest()] for name, data in sorted(files.items())])
@@ -73,6 +75,9 @@ class FakeHub:
         # Content whose hashes are given out as those of other content: what a Hub that lies, or was damaged, does.
         self.hashes: dict[bytes, bytes] = {}
         self.ranges = True
+        # Whether answers have the SHA-256 of what is in LFS, and whether descriptions have it.
+        self.linked = True
+        self.lfs = True
         self.token: str | None = None
         self.url = ""
 
@@ -87,6 +92,12 @@ class FakeHub:
 
     def paths(self) -> list[str]:
         return [f"{request.method} {request.path}" for request in self.requests]
+
+
+class Hub(Protocol):
+    """Whatever answers at an address."""
+
+    url: str
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -140,9 +151,10 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/validate-yaml":
             return self.json({"errors": [], "warnings": []})
         if path == "/api/models":
-            return self.json(
-                [{"id": name, "lastModified": "2026-01-02T03:04:05.000Z"} for name in self.hub.repositories]
-            )
+            wanted = set(parse_qs(urlsplit(self.path).query).get("filter", []))
+            time = "2026-01-02T03:04:05.000Z"
+            found = [(name, one.tags) for name, one in self.hub.repositories.items() if wanted <= set(one.tags)]
+            return self.json([{"id": name, "lastModified": time, "tags": tags} for name, tags in found])
         if match := re.fullmatch(r"/objects/([0-9a-f]{64})", path):
             self.hub.objects[match[1]] = self.body
             return self.answer(200)
@@ -182,10 +194,12 @@ class _Handler(BaseHTTPRequestHandler):
                 data = self.hub.hashes.get(data, data)
                 blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
                 item |= {"size": len(data), "blobId": blob}
-                if path.endswith(".safetensors"):
+                if path.endswith(".safetensors") and self.hub.lfs:
                     item["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
             siblings.append(item)
-        return self.json({"id": name, "sha": sha, "siblings": siblings, "private": repository.private, "tags": []})
+        return self.json(
+            {"id": name, "sha": sha, "siblings": siblings, "private": repository.private, "tags": repository.tags}
+        )
 
     def refs(self, name: str) -> None:
         if (repository := self.found(name)) is not None:
@@ -201,9 +215,9 @@ class _Handler(BaseHTTPRequestHandler):
         data = repository.commits[sha].get(path)
         if data is None:
             return self.error(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": sha})
-        etag = hashlib.sha256(data).hexdigest() if path.endswith(".safetensors") else hashlib.sha1(data).hexdigest()
+        etag = _sha256(data) if path.endswith(".safetensors") else hashlib.sha1(data).hexdigest()
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
-        if path.endswith(".safetensors"):
+        if path.endswith(".safetensors") and self.hub.linked:
             headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data))}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if wanted and self.hub.ranges:
@@ -280,6 +294,12 @@ class _Handler(BaseHTTPRequestHandler):
         return self.json({"commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "commitOid": sha, "success": True})
 
 
+@lru_cache(32)
+def _sha256(data: bytes) -> str:
+    """Of a file that is asked for in many parts, once."""
+    return hashlib.sha256(data).hexdigest()
+
+
 def _mode(path: str) -> str:
     return "lfs" if path.endswith((".safetensors", ".bin")) else "regular"
 
@@ -302,7 +322,7 @@ def running() -> Iterator[FakeHub]:
         server.server_close()
 
 
-def configure(hub: FakeHub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def configure(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `hub` the configured endpoint of this process, with an empty cache and no token."""
     from huggingface_hub import constants
     from huggingface_hub.utils import close_session  # type: ignore[attr-defined]  # documented, not marked as exported

@@ -68,7 +68,7 @@ class Folder:
         self.xorb(chunks)
         sha256 = hashlib.sha256(b"".join(chunks)).hexdigest()
         described = Described([(xorb(chunks)[0], chunks, 0, len(chunks))], sha256)
-        register(self.content, self.index, shard([described]), HOLDERS, HOLDERS)
+        register(self.content, self.index, shard([described]), HOLDERS, HOLDERS, lambda _: None)
         return sha256
 
     def commit(self, name: str, *sums: str) -> None:
@@ -230,11 +230,11 @@ def test_a_run_that_was_killed_in_between(folder: Folder) -> None:
     folder.content.remove_xorb(digest)
     described = Described([(digest, chunks, 0, len(chunks))], hashlib.sha256(b"".join(chunks)).hexdigest())
     with pytest.raises(InputError, match="refers to a xorb that is gone; upload it again"):
-        register(folder.content, folder.index, shard([described]), HOLDERS, HOLDERS)
+        register(folder.content, folder.index, shard([described]), HOLDERS, HOLDERS, lambda _: None)
     assert part(folder.collect(), "records").removed == 1
     assert folder.index.places(nodes(chunks)[0][0], HOLDERS) == []
     with pytest.raises(InputError, match="which was not uploaded"):
-        register(folder.content, folder.index, shard([described]), HOLDERS, HOLDERS)
+        register(folder.content, folder.index, shard([described]), HOLDERS, HOLDERS, lambda _: None)
 
 
 def test_snapshots_and_what_is_on_its_way(folder: Folder) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import random
 import shutil
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -209,7 +211,7 @@ def test_a_database_of_another_schema_is_refused(registry: Registry) -> None:
     with sqlite3.connect(registry.root / "registry.sqlite") as db:
         db.execute("PRAGMA user_version = 9")
     db.close()
-    with pytest.raises(FormatError, match=r"has schema 9, expected 1; use the version of this tool that made it\.$"):
+    with pytest.raises(FormatError, match=r"has schema 9, expected 3; use the version of this tool that made it\.$"):
         open_registry()
 
 
@@ -434,3 +436,34 @@ def test_the_tree_is_kept_as_json_that_anyone_can_read(registry: Registry) -> No
         ["a", 1, hashlib.sha256(b"1").hexdigest(), hashlib.sha1(b"blob 1\x001").hexdigest(), False],
         ["b", 1, hashlib.sha256(b"2").hexdigest(), hashlib.sha1(b"blob 1\x002").hexdigest(), False],
     ]
+
+
+def test_a_folder_of_an_older_schema_is_taken_further(own_registry: Path) -> None:
+    """Who writes adds what is new; who only reads leaves the file as it is."""
+    registry = open_registry(own_registry)
+    head = commit(registry, {"a.txt": b"a"})
+    registry.close()
+    database = own_registry / "registry.sqlite"
+    with contextlib.closing(sqlite3.connect(database)) as db:
+        for table in ("gates", "access", "events", "discussions", "scans"):
+            db.execute(f"DROP TABLE {table}")
+        db.execute("PRAGMA user_version = 2")
+        before = set(db.execute("SELECT name FROM sqlite_master").fetchall())
+    reader = existing_registry(own_registry)
+    assert reader is not None
+    assert reader.find(NAME).commit.id == head
+    reader.close()
+    with contextlib.closing(sqlite3.connect(database)) as db:
+        assert set(db.execute("SELECT name FROM sqlite_master").fetchall()) == before
+    several = [threading.Thread(target=lambda: open_registry(own_registry).close()) for _ in range(4)]
+    for thread in several:
+        thread.start()
+    for thread in several:
+        thread.join()
+    registry = open_registry(own_registry)
+    assert registry.find(NAME).commit.id == head
+    assert_sound(registry)
+    registry.close()
+    with contextlib.closing(sqlite3.connect(database)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (3,)
+        assert ("discussions",) in db.execute("SELECT name FROM sqlite_master").fetchall()

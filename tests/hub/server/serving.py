@@ -31,13 +31,20 @@ class Server:
     process: subprocess.Popen[str] | None = None
     tokens: dict[str, str] = field(default_factory=dict)
     homes: int = 0
+    options: tuple[str, ...] = ()
+    log: Path | None = None
 
     def start(self) -> Server:
         # After a restart at the same address, so that clients that wait for it go on.
         port = self.url.rpartition(":")[2] or "0"
         command = [sys.executable, "-m", "surgery", "hub", "serve", "--data", str(self.data), "--port", port]
+        command += self.options
         environment = {**os.environ, "SURGERY_HUB_ADMIN_TOKEN": ADMIN, "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        self.log = self.data.parent / "server.log"
+        with open(self.log, "a") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True
+            )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert "HF_ENDPOINT=" in line, line
@@ -99,9 +106,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[Server]:
+def serving(folder: Path, *options: str) -> Iterator[Server]:
     """A server with Ada, Bob and the lab."""
-    server = Server(folder / "data").start()
+    server = Server(folder / "data", options=options).start()
     try:
         server.people()
         yield server

@@ -110,3 +110,48 @@ def test_what_was_uploaded_does_not_run_here(server: Server) -> None:
     assert found.headers["content-type"] == "application/octet-stream"
     assert found.headers["x-content-type-options"] == "nosniff"
     assert "sandbox" in found.headers["content-security-policy"]
+
+
+ASKED = [
+    ("POST", "api/models/ada/open/discussions"),
+    ("POST", "api/models/ada/open/discussions/1/comment"),
+    ("POST", "api/models/ada/open/discussions/1/title"),
+    ("POST", "api/models/ada/open/discussions/1/status"),
+    ("POST", "api/models/ada/open/discussions/1/merge"),
+    ("POST", "api/models/ada/open/discussions/99999999999/merge"),
+    ("POST", "api/models/ada/open/discussions/x/merge"),
+    ("POST", "api/models/ada/open/super-squash/nowhere"),
+    ("POST", "api/models/ada/open/user-access-request/handle"),
+    ("POST", "api/models/ada/open/user-access-request/grant"),
+    ("GET", "api/models/ada/open/user-access-request/forgotten"),
+    ("POST", "api/models/ada/open/lfs-files/batch"),
+    ("POST", "ada/open/ask-access"),
+    ("POST", "ada/open.git/info/lfs/objects/batch"),
+    ("POST", "ada/open.git/info/lfs/verify"),
+    ("PUT", "api/models/ada/open/settings"),
+    ("POST", "api/models/ada/open/preupload/refs%2Fpr%2F7"),
+    ("POST", "api/models/ada/open/commit/refs%2Fpr%2F..%2F..%2Fmain"),
+    ("POST", "api/models/ada/open/commit/main?create_pr=1"),
+    ("POST", "api/admin/users"),
+    ("POST", f"lfs/{'0' * 64}?size=x"),
+    ("PUT", f"lfs/{'0' * 64}/1?size=5&expires={'9' * 400}"),
+]
+ODD_BODIES = [
+    b"", b"[]", b"5", b"null", b"{", b"\xff", b"[" * 100_000,
+    b'{"title": 5, "status": [], "user": {}, "deletions": []}',
+    b'{"title": "x", "pullRequest": "maybe", "comment": {}, "status": "merged", "user": "\\u0000"}',
+    b'{"gated": [1], "deletions": {"sha": ["x"], "rewriteHistory": true}, "parts": [{}]}',
+    b'{"operation": "download", "objects": [{}]}',
+    b'{"operation": "upload", "transfers": 5, "objects": [], "ref": {"name": []}, "files": [{"path": "x"}]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path"), ASKED)
+def test_odd_bodies_are_refused_and_break_nothing(server: Server, method: str, path: str) -> None:
+    headers = {"Authorization": f"Bearer {server.tokens['ada']}"}
+    before = server.api("ada").model_info("ada/open")
+    for body in ODD_BODIES:
+        answer = httpx2.request(method, f"{server.url}/{path}", content=body, headers=headers)
+        assert answer.status_code < 500, (body, answer.text)
+    after = server.api("ada").model_info("ada/open")
+    assert (after.sha, after.gated, after.private) == (before.sha, before.gated, before.private)

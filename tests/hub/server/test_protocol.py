@@ -220,8 +220,6 @@ def test_settings_and_rights(api: HfApi, server: Server) -> None:
         with pytest.raises(RepositoryNotFoundError):
             server.api(user).model_info("ada/rights")
     assert api.model_info("ada/rights").private
-    with pytest.raises(HfHubHTTPError, match="no gated"):
-        api.update_repo_settings("ada/rights", gated="auto")
 
 
 def test_an_old_name_can_be_written_to(api: HfApi) -> None:

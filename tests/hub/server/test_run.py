@@ -19,7 +19,7 @@ from surgery.cli.main import cli
 from surgery.errors import SurgeryError
 from surgery.hub.naming import RepositoryName
 from surgery.hub.server.accounts import SqliteAccounts
-from surgery.hub.server.run import ServeOptions, create_token, serve
+from surgery.hub.server.run import ServeOptions, _listening, create_token, serve
 from tests.hub.server.serving import ROOT
 
 
@@ -127,3 +127,20 @@ def test_what_cannot_be_served(tmp_path: Path) -> None:
             serve(ServeOptions(data=tmp_path / "data", port=port), print)
     with pytest.raises(SurgeryError, match=r"--url is 'ftp://x', expected an address"):
         serve(ServeOptions(data=tmp_path / "data", url="ftp://x"), print)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_small_answers_do_not_wait_for_acknowledgements(tmp_path: Path, host: str) -> None:
+    """Head and body of an answer are sent apart; connections send the second without waiting."""
+    try:
+        with (
+            _listening(ServeOptions(data=tmp_path, host=host, port=0)) as listener,
+            socket.create_connection(listener.getsockname()[:2]),
+        ):
+            accepted, _ = listener.accept()
+            with accepted:
+                assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+    except SurgeryError as error:
+        if host != "::1":
+            raise
+        pytest.skip(f"this machine has no IPv6: {error}")

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 import surgery
 from surgery.cli.main import run
 from surgery.errors import InputError, MismatchError, OptionError, UnsupportedError
+from surgery.ops.inspection import AdapterReport
 from surgery.training.batches import Schedule, text_batch
 from surgery.training.examples import Examples, hold_out, text_examples
 from surgery.training.methods import load_method
@@ -215,6 +216,44 @@ def test_training_on_with_another_base_or_other_options(base: Path, data: Path, 
         making.run(tmp_path / "first", data, tmp_path / "out2", base=base, rank=3, **HOW)
     with pytest.raises(OptionError, match=r"^--base is for an adapter that is trained on, and .* is none\.$"):
         making.run(base, data, tmp_path / "out2", base=base, **HOW)
+
+
+@pytest.mark.parametrize(
+    ("method", "called", "particulars", "tensors"),
+    [
+        ("prompt", "PROMPT_TUNING", ("5 virtual tokens",), 1),
+        ("prefix", "PREFIX_TUNING", ("5 virtual tokens",), 1),
+        ("adapter-h", "adapter-h", ("bottleneck of 3",), 16),
+    ],
+)
+def test_what_is_no_lora_is_described(
+    method: str, called: str, particulars: tuple[str, ...], tensors: int, base: Path, data: Path, tmp_path: Path
+) -> None:
+    size = {"rank": 3} if method == "adapter-h" else {"prompt_tokens": 5}
+    making.run(base, data, tmp_path / "made", method=method, **size, **HOW)
+    report = surgery.inspect(tmp_path / "made", tensors=True)
+    assert isinstance(report, AdapterReport)
+    assert (report.method, report.variants, report.modules) == (called, particulars, 0)
+    assert report.total.tensors == len(report.tensors) == tensors
+    assert report.base == "model"
+    assert report.origin is not None
+    assert report.origin.operation == "train"
+
+
+@pytest.mark.parametrize("method", ["prompt", "adapter-h"])
+def test_what_is_no_lora_is_held_against_its_base_too(method: str, base: Path, data: Path, tmp_path: Path) -> None:
+    """By what its surgery.json has on record: refused to train on, noted where it is evaluated."""
+    making.run(base, data, tmp_path / "first", method=method, **HOW)
+    other = tmp_path / "other"
+    tensors = load_file(base / "model.safetensors")
+    making.checkpoint(other, "gpt2")
+    save_file({name: tensor + 0.1 for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MismatchError, match=r"was made from another base than .*; --any-base takes it all the same\.$"):
+        making.run(tmp_path / "first", data, tmp_path / "out", base=other, **HOW)
+    for place, noted in ((base, 0), (other, 1)):
+        report = surgery.evaluate(place, data=data, adapters=[tmp_path / "first"], device="cpu", dry_run=True)
+        notes = [note for note in report.notes if "was made from another base than" in note]
+        assert len(notes) == noted
 
 
 def test_another_kind_of_adapter_is_not_trained_on(base: Path, data: Path, tmp_path: Path) -> None:
