@@ -13,6 +13,7 @@ import click
 from surgery.cli.options import Command, reporting
 from surgery.cli.progress import make_progress
 from surgery.cli.serving import org, serve, token, user
+from surgery.cli.upkeep import backup, fsck, gc, restore
 
 if TYPE_CHECKING:
     from surgery.hub.endpoint import Endpoint
@@ -320,5 +321,7 @@ def _choose(endpoint: str | None) -> None:
         vars(constants)["ENDPOINT"] = chosen.url
 
 
+for command in (gc, fsck, backup, restore):
+    hub.add_command(command)
 for command in (push, pull, serve, user, org, token):
     hub.add_command(command)

@@ -61,6 +61,7 @@ Examples:
     metavar="ADDRESS",
     help="Believe this proxy's X-Forwarded-For and -Proto; may be given again.",
 )
+@click.option("--gc-every", type=float, metavar="HOURS", help="Collect garbage so often, as `hub gc` does.")
 def serve(
     data: Path,
     host: str,
@@ -72,6 +73,7 @@ def serve(
     rate_limit: int,
     log: str,
     proxies: tuple[str, ...],
+    gc_every: float | None,
 ) -> None:
     """Serve a registry to every Hugging Face client.
 
@@ -89,8 +91,9 @@ def serve(
 
     policy = Policy(pickle=pickle, quota=quota, max_file=max_file_size)
     options = ServeOptions(
-        data=data, host=host, port=port, url=url, policy=policy, rate=rate_limit, log=log, proxies=proxies
-    )
+        data=data, host=host, port=port, url=url, policy=policy, rate=rate_limit, log=log, proxies=proxies,
+        gc_every=gc_every,
+    )  # fmt: skip
     run(options, ready)
 
 

@@ -68,7 +68,8 @@ def _with_those_below(name: str, command: click.Command) -> list[str]:
     if isinstance(command, click.Group):
         for sub in command.list_commands(click.Context(command)):
             below = command.get_command(click.Context(command), sub)
-            if below is not None and sub not in COMMANDS:
+            repeated = sub in COMMANDS and cli.get_command(click.Context(cli), sub) is below
+            if below is not None and not repeated:
                 found += _with_those_below(f"{name} {sub}", below)
     return found
 

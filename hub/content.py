@@ -19,13 +19,14 @@ import os
 import re
 import secrets
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from surgery.errors import FormatError
-from surgery.hub.interfaces import Content, Incoming
+from surgery.hub.interfaces import Content, Incoming, StoredFile
 from surgery.hub.transfer import reserve, write_all
 from surgery.hub.xet import hashes
 from surgery.hub.xet.recipes import AssembledSource, Recipe, StoredXorb, decode, encode
@@ -92,24 +93,32 @@ class LocalContent:
         return found
 
     def touch(self, sha256: str) -> bool:
-        found = False
-        for path in (self._blob(sha256), self._recipe(sha256)):
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(path)
-                found = True
-        return found
+        found = [_touch(path) for path in (self._blob(sha256), self._recipe(sha256))]
+        return any(found)
+
+    def touched(self, sha256: str) -> float:
+        return max(_touched(path) for path in (self._blob(sha256), self._recipe(sha256)))
+
+    def has(self, sha256: str) -> bool:
+        """Whether there is anything by this name, whole or not."""
+        return self._blob(sha256).is_file() or self._recipe(sha256).is_file()
 
     def remove(self, sha256: str) -> None:
+        self.remove_blob(sha256)
+        self.remove_recipe(sha256)
+
+    def remove_blob(self, sha256: str) -> None:
+        """Remove the file, and leave the recipe, if there is one."""
         self._blob(sha256).unlink(missing_ok=True)
+
+    def remove_recipe(self, sha256: str) -> None:
+        """Remove the recipe, and leave the file, if there is one."""
         self._recipe(sha256).unlink(missing_ok=True)
 
     def list(self) -> Iterator[tuple[str, int, float]]:
         for root in (self.blobs, self._recipes):
-            for folder in sorted(root.iterdir()) if root.is_dir() else ():
-                for path in sorted(folder.iterdir()):
-                    with contextlib.suppress(FileNotFoundError):
-                        status = path.stat()
-                        yield path.name, status.st_size, status.st_mtime
+            for file in _files(root):
+                yield file.name, file.size, file.touched
 
     # Chunks -----------------------------------------------------------------------------------------------------------
 
@@ -136,6 +145,20 @@ class LocalContent:
 
     def has_xorb(self, digest: bytes) -> bool:
         return self.xorb_path(digest).is_file()
+
+    def touch_xorb(self, digest: bytes) -> bool:
+        return _touch(self.xorb_path(digest))
+
+    def touched_xorb(self, digest: bytes) -> float:
+        return _touched(self.xorb_path(digest))
+
+    def xorbs(self) -> Iterator[StoredFile]:
+        return _files(self._xorbs)
+
+    def remove_xorb(self, digest: bytes) -> None:
+        self.xorb_path(digest).unlink(missing_ok=True)
+        with self._mutex:
+            self._open_xorbs.pop(digest, None)
 
     def open_xorb(self, digest: bytes) -> StoredXorb:
         with self._mutex:
@@ -171,16 +194,20 @@ class LocalContent:
         finally:
             incoming.close()
 
-    def clear(self) -> None:
-        """Remove what killed processes left behind."""
+    def clear(self, dry_run: bool = False) -> Sequence[int]:
+        found = []
         for path in self._incoming.iterdir() if self._incoming.is_dir() else ():
             with contextlib.suppress(OSError):
                 descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    path.unlink(missing_ok=True)
+                    size = os.fstat(descriptor).st_size
+                    if not dry_run:
+                        path.unlink()
+                    found.append(size)
                 finally:
                     os.close(descriptor)
+        return found
 
 
 class LocalIncoming:
@@ -251,6 +278,32 @@ class LocalIncoming:
             self._path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _touch(path: Path) -> bool:
+    # By the clock that everything else here is compared with; the kernel's own for files is some milliseconds behind.
+    now = time.time_ns()
+    try:
+        os.utime(path, ns=(now, now))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _touched(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _files(root: Path) -> Iterator[StoredFile]:
+    """The files two levels below a folder, by name."""
+    for folder in sorted(root.iterdir()) if root.is_dir() else ():
+        for path in sorted(folder.iterdir()):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                yield StoredFile(path.name, status.st_size, status.st_mtime)
 
 
 def disk(root: Path) -> AbstractContextManager[None]:

@@ -61,6 +61,18 @@ class Database:
                     "made it."
                 )
 
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    def problems(self, quick: bool = False) -> list[str]:
+        """What SQLite's own check finds wrong."""
+        with self._look() as db:
+            check = "quick_check" if quick else "integrity_check"
+            found = [str(text) for (text,) in db.execute(f"PRAGMA {check}") if text != "ok"]
+            broken = {str(row[0]) for row in db.execute("PRAGMA foreign_key_check")}
+        return found + [f"a row of {table} refers to one that is not there" for table in sorted(broken)]
+
     def close(self) -> None:
         """Let go of the file."""
         self._db.close()
@@ -93,10 +105,16 @@ class Database:
                 raise FormatError(f"{self._path} is damaged ({error}); restore it from a backup.") from error
             raise OutputError(f"{self._path} cannot be used: {error}.") from error
 
+    def _is_changing(self) -> bool:
+        return self._db.in_transaction
+
     @contextlib.contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that changes something; only one at a time, in all processes."""
+        """A transaction that changes something; only one at a time, in all processes. Within one it is part of that."""
         with self._mutex, self._sqlite():
+            if self._is_changing():  # this thread: it has the mutex
+                yield self._db
+                return
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db

@@ -116,6 +116,21 @@ class Incoming(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of the content store.
+
+    Attributes:
+        name: the hash that it goes by, in hex.
+        size: in bytes.
+        touched: when somebody last referred to it, in seconds since 1970.
+    """
+
+    name: str
+    size: int
+    touched: float
+
+
 class Content(Protocol):
     """Bytes by their SHA-256. What is there is whole, never changes, and survives a crash of the machine.
 
@@ -156,11 +171,33 @@ class Content(Protocol):
         """To read from. Raises `FormatError` where there is none."""
         ...
 
+    def touch_xorb(self, digest: bytes) -> bool:
+        """Note that somebody is about to refer to it; False if it is not there."""
+        ...
+
+    def touched_xorb(self, digest: bytes) -> float:
+        """When somebody last did, in seconds since 1970; 0 where there is none."""
+        ...
+
+    def xorbs(self) -> Iterator[StoredFile]:
+        """All that are stored."""
+        ...
+
+    def remove_xorb(self, digest: bytes) -> None: ...
+
     def touch(self, sha256: str) -> bool:
         """Note that somebody is about to refer to it; False if it is not there."""
         ...
 
+    def touched(self, sha256: str) -> float:
+        """When somebody last did, in seconds since 1970; 0 where there is none."""
+        ...
+
     def remove(self, sha256: str) -> None: ...
+
+    def clear(self, dry_run: bool = False) -> Sequence[int]:
+        """Remove what killed processes left on its way in. Returns the size of each."""
+        ...
 
     def list(self) -> Iterator[tuple[str, int, float]]:
         """SHA-256, size, and the time of the last `touch`, of everything."""
@@ -247,6 +284,10 @@ class Metadata(Index, Protocol):
         """A commit and those before it, newest first."""
         ...
 
+    def commits(self, name: RepositoryName, kind: str = "model") -> Sequence[Commit]:
+        """Every commit of a repository, also those that no branch leads to; the oldest first."""
+        ...
+
     def find_commit(self, name: RepositoryName, prefix: str, kind: str = "model") -> Commit | None:
         """The commit whose id begins so, if there is exactly one."""
         ...
@@ -265,6 +306,9 @@ class Metadata(Index, Protocol):
 
     def close(self) -> None: ...
 
-    def sweep(self, candidates: Iterable[str], remove: Callable[[str], None]) -> Collection[str]:
-        """Call `remove` for each candidate that no commit refers to. No commit happens meanwhile."""
+    def sweep(self, candidates: Iterable[str], remove: Callable[[str], bool]) -> Collection[str]:
+        """Call `remove` for each candidate that no commit refers to. No commit happens meanwhile.
+
+        It says whether it removed the content; returns what was removed.
+        """
         ...

@@ -268,6 +268,14 @@ class SqliteMetadata(SqliteIndex):
             yield found
             following = found.parent
 
+    def commits(self, name: RepositoryName, kind: str = "model") -> Sequence[Commit]:
+        with self._look() as db:
+            rows = db.execute(
+                "SELECT id, parent, tree, message, time, facts FROM commits WHERE repository = ? ORDER BY time, id",
+                (self._id(name, kind),),
+            ).fetchall()
+        return [commit_of(row) for row in rows]
+
     def find_commit(self, name: RepositoryName, prefix: str, kind: str = "model") -> Commit | None:
         with self._look() as db:
             rows = db.execute(
@@ -290,17 +298,16 @@ class SqliteMetadata(SqliteIndex):
         with self._look() as db:
             return db.execute("SELECT 1 FROM contents WHERE size = ? LIMIT 1", (size,)).fetchone() is not None
 
-    def sweep(self, candidates: Iterable[str], remove: Callable[[str], None]) -> Collection[str]:
+    def sweep(self, candidates: Iterable[str], remove: Callable[[str], bool]) -> Collection[str]:
         with self._change() as db:
             found = [
                 sha256
                 for sha256 in candidates
                 if db.execute("SELECT 1 FROM contents WHERE sha256 = ? LIMIT 1", (sha256,)).fetchone() is None
             ]
-            for sha256 in found:
-                remove(sha256)
-                db.execute("DELETE FROM tensor_hashes WHERE sha256 = ?", (sha256,))
-            return found
+            removed = [sha256 for sha256 in found if remove(sha256)]
+            db.executemany("DELETE FROM tensor_hashes WHERE sha256 = ?", [(sha256,) for sha256 in removed])
+            return removed
 
     def trees(self) -> Collection[str]:
         """Every tree that a commit has."""

@@ -51,8 +51,6 @@ from surgery.writer import sync
 FORMAT = 1
 # A commit may be called by the first digits of its id, but not by fewer than these.
 _LEAST_PREFIX = 7
-# Content that nothing refers to is kept this long, in seconds: a push that was killed finds it again.
-GRACE = 24 * 3600.0
 
 
 def registry_path() -> Path:
@@ -268,20 +266,14 @@ class Registry:
         self._clear_snapshots()
         return freed
 
-    def collect(self, grace: float = GRACE) -> int:
-        """Remove content that nothing refers to and nobody has touched for `grace` seconds. Returns bytes freed."""
-        limit = time.time() - grace
-        freed = self._sweep([sha256 for sha256, _, touched in self.content.list() if touched < limit])
-        self._clear_snapshots()
-        return freed
-
     def _sweep(self, candidates: Iterable[str]) -> int:
         freed = 0
 
-        def remove(sha256: str) -> None:
+        def remove(sha256: str) -> bool:
             nonlocal freed
             freed += self.content.stored(sha256)
             self.content.remove(sha256)
+            return True
 
         with disk(self.root):
             self.metadata.sweep(candidates, remove)

@@ -148,7 +148,7 @@ class Staging:
         """Copy bytes `begin` to `end` of a stored tensor to the same place in an output tensor, in the kernel."""
         name, start, _ = self._places[tensor]
         with disk_errors(self.target):
-            _copy_range(source.source, source.offset + begin, self._descriptors[name], start + begin, end - begin)
+            copy_range(source.source, source.offset + begin, self._descriptors[name], start + begin, end - begin)
             _start_writeback(self._descriptors[name], start, begin, end)
 
     def copy_written(self, origin: str, tensor: str) -> int:
@@ -156,7 +156,7 @@ class Staging:
         (name, start, info), (other, begin, _) = self._places[origin], self._places[tensor]
         count = info.end - info.begin
         with disk_errors(self.target):
-            _copy_range(FileSource(self.files / name), start, self._descriptors[other], begin, count)
+            copy_range(FileSource(self.files / name), start, self._descriptors[other], begin, count)
             _start_writeback(self._descriptors[other], begin, 0, count)
         return count
 
@@ -170,7 +170,7 @@ class Staging:
         with disk_errors(self.target):
             descriptor = os.open(self._path(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             try:
-                _copy_range(source, 0, descriptor, 0, source.size)
+                copy_range(source, 0, descriptor, 0, source.size)
             finally:
                 os.close(descriptor)
 
@@ -383,7 +383,8 @@ def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
     return call
 
 
-def _copy_range(source: Source, begin: int, descriptor: int, offset: int, count: int) -> None:
+def copy_range(source: Source, begin: int, descriptor: int, offset: int, count: int) -> None:
+    """Copy bytes from one place to another, by the kernel where it can; it shares blocks where the file system can."""
     origin = source.fileno()
     while count and origin is not None and sys.platform == "linux":
         try:

@@ -20,7 +20,7 @@ from surgery import operation, reports
 from surgery.analysis import report as analysis
 from surgery.cli.main import COMMANDS
 from surgery.evaluation import report as evaluation
-from surgery.hub import account, browsing, listing, pull, push, reindexing
+from surgery.hub import account, backup, browsing, checking, collecting, listing, pull, push, reindexing
 from surgery.hub.server import administration as serving
 from surgery.ops import inspection, lint, verify
 from surgery.training import estimate
@@ -133,7 +133,7 @@ def _reported() -> list[type]:
     """Every dataclass that `--json` can print: the reports, and what they hold."""
     modules: tuple[types.ModuleType, ...] = (
         reports, inspection, verify, operation, lint, push, pull, browsing, listing, account, serving, reindexing,
-        upcycling, estimate, training, evaluation, analysis,
+        collecting, checking, backup, upcycling, estimate, training, evaluation, analysis,
     )  # fmt: skip
     todo = [
         found

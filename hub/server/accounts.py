@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from surgery.errors import InputError
-from surgery.hub.database import Database
 from surgery.hub.interfaces import ConflictError
 from surgery.hub.naming import RepositoryName
-from surgery.hub.server.interfaces import Accounts, ChunkIndex, Identity, Namespace
-from surgery.hub.xet.recipes import Recipe
+from surgery.hub.server.chunk_index import PLACES, ChunkTables
+from surgery.hub.server.interfaces import Accounts, Identity, Namespace
 
 _TABLES = """
 CREATE TABLE namespaces (
@@ -68,11 +67,11 @@ CREATE TABLE chunks (
 _SHOWN = 12
 
 
-class SqliteAccounts(Database):
+class SqliteAccounts(ChunkTables):
     """Both interfaces of `interfaces.py`, in one file."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, (_TABLES,))
+        super().__init__(path, (_TABLES, PLACES))
         with self._sqlite():
             # Readers and the writer do not wait for each other; nobody reads this file without the right to write it.
             self._db.execute("PRAGMA journal_mode = WAL")
@@ -207,58 +206,9 @@ class SqliteAccounts(Database):
         namespace, _, last = row[0].rpartition("/")
         return RepositoryName(namespace, last)
 
-    # Chunks -----------------------------------------------------------------------------------------------------------
-
-    def hold_xorb(self, digest: bytes, holders: Collection[str]) -> None:
-        with self._change() as db:
-            rows = [(digest, holder) for holder in holders]
-            db.executemany("INSERT OR IGNORE INTO xorb_holders (xorb, holder) VALUES (?, ?)", rows)
-
-    def unheld(self, xorbs: Collection[bytes], holders: Collection[str]) -> Collection[bytes]:
-        marks = ", ".join("?" * len(holders))
-        query = f"SELECT 1 FROM xorb_holders WHERE xorb = ? AND holder IN ({marks}) LIMIT 1"
-        with self._look() as db:
-            return [xorb for xorb in xorbs if db.execute(query, (xorb, *holders)).fetchone() is None]
-
-    def hold_content(self, sha256: str, holders: Collection[str]) -> None:
-        with self._change() as db:
-            rows = [(sha256, holder) for holder in holders]
-            db.executemany("INSERT OR IGNORE INTO content_holders (sha256, holder) VALUES (?, ?)", rows)
-
-    def holds_content(self, sha256: str, holders: Collection[str]) -> bool:
-        marks = ", ".join("?" * len(holders))
-        query = f"SELECT 1 FROM content_holders WHERE sha256 = ? AND holder IN ({marks}) LIMIT 1"
-        with self._look() as db:
-            return db.execute(query, (sha256, *holders)).fetchone() is not None
-
-    def add_file(self, recipe: Recipe, holders: Collection[str], chunks: Collection[bytes]) -> None:
-        xorbs = {term.xorb for term in recipe.terms}
-        with self._change() as db:
-            db.execute("INSERT OR REPLACE INTO files (xet, sha256) VALUES (?, ?)", (recipe.digest, recipe.sha256))
-            for holder in sorted(holders):
-                content = (recipe.sha256, holder)
-                db.execute("INSERT OR IGNORE INTO content_holders (sha256, holder) VALUES (?, ?)", content)
-                held = [(xorb, holder) for xorb in xorbs]
-                db.executemany("INSERT OR IGNORE INTO xorb_holders (xorb, holder) VALUES (?, ?)", held)
-                rows = [(chunk, holder, recipe.sha256) for chunk in chunks]
-                db.executemany("INSERT OR REPLACE INTO chunks (chunk, holder, sha256) VALUES (?, ?, ?)", rows)
-
-    def file(self, digest: bytes) -> str | None:
-        with self._look() as db:
-            row = db.execute("SELECT sha256 FROM files WHERE xet = ?", (digest,)).fetchone()
-        return None if row is None else str(row[0])
-
-    def with_chunk(self, chunk: bytes, holders: Collection[str]) -> str | None:
-        marks = ", ".join("?" * len(holders))
-        query = f"SELECT sha256 FROM chunks WHERE chunk = ? AND holder IN ({marks}) LIMIT 1"
-        with self._look() as db:
-            row = db.execute(query, (chunk, *holders)).fetchone()
-        return None if row is None else str(row[0])
-
 
 def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
 _: type[Accounts] = SqliteAccounts
-__: type[ChunkIndex] = SqliteAccounts

@@ -34,6 +34,8 @@ from surgery.hub.server.limiting import Limiter
 from surgery.hub.server.pages import routes, session
 from surgery.hub.server.tracing import Trace, trace_of
 from surgery.hub.server.web import HttpError, json_response, unquoted
+from surgery.version import __version__
+from surgery.writer import free_bytes
 
 Handler = Callable[[Call], Awaitable[Response]]
 log = logging.getLogger("surgery.hub")
@@ -169,7 +171,8 @@ class App:
         """Whether the registry answers."""
         await run_in_threadpool(self.hub.metadata.has_size, 0)
         await run_in_threadpool(self.hub.accounts.is_empty)
-        return json_response({"status": "ok"})
+        free = await run_in_threadpool(free_bytes, self.hub.registry.root)
+        return json_response({"status": "ok", "version": __version__, "free_bytes": free})
 
 
 async def _api(call: Call, parts: tuple[str, ...]) -> Response:

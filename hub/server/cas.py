@@ -17,10 +17,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from surgery.errors import InputError, IntegrityError
+from surgery.hub.interfaces import ContentMissingError
 from surgery.hub.naming import RepositoryName
 from surgery.hub.server.checking import check_room
 from surgery.hub.server.hub import Call, Hub
 from surgery.hub.server.interfaces import READ, WRITE
+from surgery.hub.server.placing import Finder, keep_xorb, placement_of
 from surgery.hub.server.pulls import branch_to_write, head_of, is_opening
 from surgery.hub.server.registering import register
 from surgery.hub.server.signing import ADDRESS_LIFE, TOKEN_LIFE
@@ -28,10 +30,12 @@ from surgery.hub.server.tracing import trace_of
 from surgery.hub.server.web import ByteRange, HttpError, json_response, parse_range, pieces, stream, whole_body
 from surgery.hub.xet import hashes
 from surgery.hub.xet.recipes import Recipe
+from surgery.hub.xet.repeats import Sieve
 from surgery.hub.xet.shards import Term, write_xorbs
 from surgery.hub.xet.xorbs import MAX_FOOTER, MAX_PACKED, XorbParser
 
 PREFIX = "/cas"
+_EPOCH = "since-"
 _PURPOSE = "xet"
 _ADDRESS = "xorb"
 # Clients make shards of at most 64 MiB.
@@ -76,7 +80,9 @@ async def give_token(call: Call) -> Response:
     claims = {"k": found.kind, "n": str(found.name), "h": holders, "v": visible, "s": scope}
     expires = int(time.time()) + TOKEN_LIFE
     token = call.hub.signer.token(_PURPOSE, claims, expires)
-    url = call.base + PREFIX
+    # Clients keep what they know of stored chunks for each address apart.
+    epoch = await run_in_threadpool(call.hub.index.epoch)
+    url = f"{call.base}{PREFIX}/{_EPOCH}{epoch}" if epoch else call.base + PREFIX
     # The client's Rust part reads the body, its Python part the headers.
     headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(expires)}
     return json_response({"casUrl": url, "exp": expires, "accessToken": token}, headers=headers)
@@ -84,6 +90,8 @@ async def give_token(call: Call) -> Response:
 
 async def handle(hub: Hub, request: Request, parts: tuple[str, ...], base: str) -> Response:
     """A request below `/cas`."""
+    if parts and parts[0].startswith(_EPOCH):
+        parts = parts[1:]
     match request.method, *parts:
         case "GET" | "HEAD", "xorbs", xorb:
             return await _send_xorb(hub, request, xorb)
@@ -131,15 +139,13 @@ def _digest(text: str) -> bytes:
 async def _take_xorb(hub: Hub, request: Request, grant: Grant, text: str) -> Response:
     expected = _digest(text)
     with _refused(hub), hub.content.receive() as incoming:
-        parser = XorbParser(incoming.write)
+        sieve = Sieve(incoming.write, Finder(hub.content, hub.index, grant.holders))
+        parser = XorbParser(sieve.take)
         async for part in pieces(request, MAX_PACKED + MAX_FOOTER):
             await run_in_threadpool(parser.feed, part)
 
         def keep() -> None:
-            index = parser.finish(expected)
-            if not hub.content.has_xorb(expected):
-                incoming.keep_xorb(index)
-            hub.index.hold_xorb(expected, grant.holders)
+            keep_xorb(hub.content, hub.index, incoming, sieve, parser.finish(expected), grant.holders)
 
         await run_in_threadpool(keep)
     # Always true: that somebody else has it already is nobody's business.
@@ -153,6 +159,8 @@ def _refused(hub: Hub) -> Iterator[None]:
         yield
     except (InputError, IntegrityError) as error:
         raise HttpError(400, error.message.replace(str(hub.registry.root), "the registry")) from None
+    except ContentMissingError:
+        raise HttpError(503, "Chunks were removed meanwhile; send it again.", headers={"Retry-After": "1"}) from None
 
 
 async def _take_shard(hub: Hub, request: Request, grant: Grant) -> Response:
@@ -176,22 +184,27 @@ async def _query(hub: Hub, grant: Grant, text: str) -> Response:
 
 
 def _told(hub: Hub, holders: Collection[str], chunk: bytes) -> bytes | None:
-    """All xorbs of a file with this chunk, as far as there is room for them; None where no holder has such a file."""
+    """All xorbs of a file with this chunk, as far as there is room; None where no holder has such a file."""
     sha256 = hub.index.with_chunk(chunk, holders)
     recipe = hub.content.recipe(sha256) if sha256 is not None else None
-    if recipe is None:
+    if sha256 is None or recipe is None:
         return None
-    found = {}
+    # Only what may then be referred to: of a file that others sent too, what these holders named.
+    named = hub.index.named(sha256) or {term.xorb for term in recipe.terms}
+    unheld = set(hub.index.unheld(named, holders))
+    found = []
     room = _MAX_TOLD
-    for term in recipe.terms:
-        if term.xorb not in found and hub.content.has_xorb(term.xorb):
-            index = hub.content.open_xorb(term.xorb).index
-            room -= len(index)
-            if room < 0:
-                break
-            found[term.xorb] = index
+    for xorb in sorted(set(named) - unheld):
+        placed = placement_of(hub.content, hub.index, xorb)
+        room -= len(placed.index)
+        if room < 0:
+            break
+        touched = [hub.content.touch_xorb(term.xorb) for term in placed.terms]
+        if all(touched):
+            hub.index.touch_xorb(xorb)
+            found.append(placed.index)
     now = int(time.time())
-    return write_xorbs(found.values(), now, now + _TOLD_FOR)
+    return write_xorbs(found, now, now + _TOLD_FOR)
 
 
 async def _reconstruct(hub: Hub, request: Request, grant: Grant, text: str, base: str) -> Response:

@@ -8,12 +8,15 @@ beside the repositories (`community.py`). Several machines would have all three 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from surgery.hub.interfaces import Repository
 from surgery.hub.naming import RepositoryName
+from surgery.hub.xet.placement import Placement
 from surgery.hub.xet.recipes import Recipe
+from surgery.hub.xet.xorbs import XorbIndex
 
 READ, WRITE, ADMIN = "read", "write", "admin"
 ROLES = (READ, WRITE, ADMIN)
@@ -233,15 +236,44 @@ class Community(Protocol):
 
 
 class ChunkIndex(Protocol):
-    """Who has which content, and in which files of a namespace a chunk lies.
+    """Who has which content, where the chunks of a namespace lie, and in which of its files.
 
     A holder is a namespace in lower case, or, for what came with a token for one repository, that repository. Whoever
     knows no more than a hash is told nothing, and may not refer to what it names: a holder is recorded only when all of
     the bytes came in, or the hashes of all the chunks.
+
+    Xorbs are known here as clients sent them. Where their chunks lie is their placement.
     """
 
-    def hold_xorb(self, digest: bytes, holders: Collection[str]) -> None:
-        """Record that these namespaces have a xorb."""
+    def keeping(self) -> AbstractContextManager[object]:
+        """A time in which nothing is collected, and at the end of which what was recorded is, all of it or nothing.
+
+        Whoever is going to name a xorb in a recipe or a placement touches it first, within this.
+        """
+        ...
+
+    def epoch(self) -> str:
+        """Part of the address under which clients know the chunks; empty at first."""
+        ...
+
+    def begin_epoch(self, epoch: str) -> None:
+        """Have clients forget which chunks are stored: what they remember, they remember of an address."""
+        ...
+
+    def hold_xorb(self, placed: Placement, holders: Collection[str]) -> None:
+        """Record that these namespaces have a xorb, and where its chunks lie."""
+        ...
+
+    def placement(self, digest: bytes) -> Placement | None:
+        """Where the chunks of a xorb lie that is not stored as it was sent; None for any other."""
+        ...
+
+    def places(self, chunk: bytes, holders: Collection[str]) -> Sequence[tuple[bytes, int]]:
+        """Xorbs of these holders that may have a chunk, and its number in each. To be compared with the whole hash."""
+        ...
+
+    def unplaced(self) -> Sequence[tuple[bytes, Sequence[str]]]:
+        """Xorbs with holders whose chunks are not recorded; from before there were placements."""
         ...
 
     def unheld(self, xorbs: Collection[bytes], holders: Collection[str]) -> Collection[bytes]:
@@ -252,8 +284,10 @@ class ChunkIndex(Protocol):
 
     def holds_content(self, sha256: str, holders: Collection[str]) -> bool: ...
 
-    def add_file(self, recipe: Recipe, holders: Collection[str], chunks: Collection[bytes]) -> None:
-        """Record a file that came in as chunks, its xorbs, and under which chunks it is found."""
+    def add_file(
+        self, recipe: Recipe, xorbs: Collection[bytes], holders: Collection[str], chunks: Collection[bytes]
+    ) -> None:
+        """Record a file that came in as chunks, the xorbs that the client named, and under which chunks it is found."""
         ...
 
     def file(self, digest: bytes) -> str | None:
@@ -262,4 +296,36 @@ class ChunkIndex(Protocol):
 
     def with_chunk(self, chunk: bytes, holders: Collection[str]) -> str | None:
         """The SHA-256 of a file of these holders that has a chunk; only of chunks that clients ask for."""
+        ...
+
+    def named(self, sha256: str) -> Sequence[bytes]:
+        """The xorbs that clients named for a file."""
+        ...
+
+    # Upkeep.
+
+    def contents(self) -> Collection[str]:
+        """Every SHA-256 that anything is recorded of."""
+        ...
+
+    def forget_contents(self, sums: Collection[str]) -> None: ...
+
+    def known_xorbs(self) -> Sequence[tuple[bytes, float]]:
+        """Every xorb, and when anybody last named it, in seconds since 1970."""
+        ...
+
+    def named_xorbs(self, but: Collection[str] = ()) -> Collection[bytes]:
+        """Every xorb that a client named for a file that is recorded, some files left out."""
+        ...
+
+    def touch_xorb(self, digest: bytes) -> None:
+        """Note that somebody may name it from now on."""
+        ...
+
+    def touched_xorb(self, digest: bytes) -> float:
+        """When somebody last did, in seconds since 1970; 0 for one that is not known."""
+        ...
+
+    def forget_xorb(self, digest: bytes, index: XorbIndex | None) -> None:
+        """Forget a xorb as clients know it, and its chunks; that takes long without its index."""
         ...

@@ -240,7 +240,12 @@ def _put_together(hub: Hub, oid: str, size: int, parts: Sequence[str], holders: 
             incoming.keep(oid)
         hub.index.hold_content(oid, holders)
     # If a part happens to be a file of somebody else's that is not committed yet, that has to be sent again.
-    hub.metadata.sweep(set(parts) - {oid}, hub.content.remove)
+
+    def remove(part: str) -> bool:
+        hub.content.remove(part)
+        return True
+
+    hub.metadata.sweep(set(parts) - {oid}, remove)
 
 
 async def verify(call: Call) -> Response:

@@ -2,7 +2,8 @@
 
 For each file: that its xorbs are stored, and that this person uploaded them or belongs to who did; that each range of
 chunks is there and has the length that is said; that the sender knows the hashes of these chunks; that the file's Xet
-hash follows from them; and, by putting it together once, that its SHA-256 is the one that is said.
+hash follows from them; and, by putting it together once, that its SHA-256 is the one that is said. The recipe that is
+then written names the xorbs in which the chunks really lie (`surgery.hub.xet.placement`).
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from surgery.errors import FormatError, InputError, IntegrityError
 from surgery.hub.interfaces import Content
 from surgery.hub.passing import PassingTensors
 from surgery.hub.server.interfaces import ChunkIndex
+from surgery.hub.server.placing import lost, placement_of, touch_xorbs
 from surgery.hub.xet import hashes
+from surgery.hub.xet.placement import joined
 from surgery.hub.xet.recipes import AssembledSource, Recipe
-from surgery.hub.xet.shards import ShardFile, read_files
+from surgery.hub.xet.shards import ShardFile, Term, read_files
 
 Note = Callable[[Mapping[str, Mapping[str, str]]], None]
 
@@ -60,9 +63,14 @@ def _register(
     xorbs = {term.xorb for term in file.terms}
     for xorb in index.unheld(xorbs, visible):
         raise InputError(f"File {name} of the shard refers to xorb {hashes.text(xorb)}, which was not uploaded.")
+    try:
+        placed = {xorb: placement_of(content, index, xorb) for xorb in xorbs}
+    except FormatError:  # gc was killed before it could forget one
+        raise InputError(f"File {name} of the shard refers to a xorb that is gone; upload it again.") from None
     chunks: list[tuple[bytes, int]] = []
+    terms: list[Term] = []
     for term, proof in zip(file.terms, file.proofs, strict=True):
-        stored = content.open_xorb(term.xorb).index
+        stored = placed[term.xorb].index
         if term.end > len(stored) or stored.size(term.begin, term.end) != term.size:
             raise FormatError(f"File {name} of the shard refers to chunks {term.begin} to {term.end} of xorb "
                               f"{hashes.text(term.xorb)}, which has {len(stored)}, or other lengths.")  # fmt: skip
@@ -70,20 +78,25 @@ def _register(
         if hashes.range_hash(digest for digest, _ in found) != proof:
             raise IntegrityError(f"File {name} of the shard comes with a wrong proof of its chunks.")
         chunks += found
+        terms += placed[term.xorb].within(term.begin, term.end)
     if hashes.file_hash(chunks) != file.digest:
         raise IntegrityError(f"File {name} of the shard has another hash than its chunks give.")
-    recipe = Recipe(sha256, file.digest, file.terms)
+    if lost(content, terms):
+        raise InputError(f"File {name} of the shard refers to a xorb that is gone; upload it again.")
+    recipe = Recipe(sha256, file.digest, joined(terms))
     known = content.recipe(sha256)
-    if known is None or known.digest != file.digest:
-        if _sha256(content, recipe, note) != sha256:
-            raise IntegrityError(f"File {name} of the shard does not have the SHA-256 {sha256}.")
-        content.keep_recipe(recipe)
-    else:
-        content.touch(sha256)
+    if known is not None and (known.digest != file.digest or lost(content, known.terms)):
+        known = None
+    if known is None and _sha256(content, recipe, note) != sha256:
+        raise IntegrityError(f"File {name} of the shard does not have the SHA-256 {sha256}.")
     asked_for = {digest for digest, _ in chunks if hashes.is_asked_for(digest)}
     if chunks:
         asked_for.add(chunks[0][0])
-    index.add_file(recipe, holders, asked_for)
+    with index.keeping():
+        touch_xorbs(content, {term.xorb for term in recipe.terms})
+        if known is None or not content.touch(sha256):
+            content.keep_recipe(recipe)
+        index.add_file(recipe, xorbs, holders, asked_for)
 
 
 def _sha256(content: Content, recipe: Recipe, note: Note) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from surgery.errors import MissingExtraError, OptionError, OutputError
+from surgery.errors import MissingExtraError, OptionError, OutputError, SurgeryError
+from surgery.hub.collecting import GcOptions, gc
 from surgery.hub.interfaces import ConflictError
 from surgery.hub.server.accounts import SqliteAccounts
 from surgery.hub.server.administration import (
@@ -24,15 +27,21 @@ from surgery.hub.server.administration import (
 )  # fmt: skip
 from surgery.hub.server.community import SqliteCommunity
 from surgery.hub.server.interfaces import ADMIN
+from surgery.hub.server.placing import place_all
 from surgery.hub.server.policy import Policy
 from surgery.hub.server.signing import Signer, load_key
 from surgery.hub.store import open_registry
 
+log = logging.getLogger("surgery.hub")
 ADMIN_VARIABLE = "SURGERY_HUB_ADMIN_TOKEN"
 _ADMINISTRATOR = "admin"
+_HOUR = 3600
 # Requests at once; more are told to come back.
 _MOST_AT_ONCE = 500
 _MOST_HEADER_BYTES = 64 << 10
+# Seconds that a connection stays open with nothing on it. Clients (httpx) close theirs after 5: a server that closes it
+# at the same moment, as uvicorn does by default, resets some of those on which a request is just being sent.
+_KEPT_OPEN = 75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +56,7 @@ class ServeOptions:
         rate: requests a minute that are answered for each user and each address; 0 is any number.
         log: `text`, `json` or `none`.
         proxies: addresses whose X-Forwarded-For and -Proto are believed, as `10.0.0.1` or `10.0.0.0/8`.
+        gc_every: collect garbage so often, in hours; None for never.
     """
 
     data: Path
@@ -57,6 +67,7 @@ class ServeOptions:
     rate: int = 6000
     log: str = "text"
     proxies: tuple[str, ...] = ()
+    gc_every: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,7 @@ def serve(options: ServeOptions, ready: Callable[[Started], None]) -> None:
     accounts = SqliteAccounts(options.data / "server.sqlite")
     community = SqliteCommunity(options.data / "registry.sqlite")
     try:
+        place_all(registry.content, accounts)
         token = _first_start(accounts)
         signer = Signer(load_key(options.data / "server.key"))
         url = options.url.rstrip("/") if options.url else None
@@ -110,16 +122,47 @@ def serve(options: ServeOptions, ready: Callable[[Started], None]) -> None:
             proxy_headers=bool(options.proxies),
             forwarded_allow_ips=list(options.proxies),
             server_header=False,
+            timeout_keep_alive=_KEPT_OPEN,
             timeout_graceful_shutdown=10,
         )
         with _listening(options) as listener:
             host = f"[{options.host}]" if ":" in options.host else options.host
             ready(Started(f"http://{host}:{listener.getsockname()[1]}", token))
-            uvicorn.Server(config).run([listener])
+            with _collecting(options):
+                uvicorn.Server(config).run([listener])
     finally:
         community.close()
         accounts.close()
         registry.close()
+
+
+@contextmanager
+def _collecting(options: ServeOptions) -> Iterator[None]:
+    """Collect garbage every so often, as `hub gc` does by default."""
+    every = options.gc_every
+    if every is None:
+        yield
+        return
+    if every <= 0:
+        raise OptionError(f"--gc-every is {every:g}, expected a number of hours above 0.")
+    stopped = threading.Event()
+
+    def work() -> None:
+        while not stopped.wait(every * _HOUR):
+            try:
+                report = gc(GcOptions(data=options.data))
+            except SurgeryError as error:
+                log.error("gc: %s", error)
+            else:
+                log.warning("gc: %d bytes freed", report.freed_bytes)
+
+    thread = threading.Thread(target=work, name="gc", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from itertools import accumulate
 from surgery.errors import FormatError, IntegrityError
 from surgery.hub.xet import hashes
 from surgery.hub.xet.chunks import HEADER, read_chunk_header, unpack
+from surgery.hub.xet.placement import decode_terms, encode_terms
 from surgery.hub.xet.shards import Term
 from surgery.hub.xet.xorbs import XorbIndex
 from surgery.source import NotAFile, Source
@@ -46,7 +47,7 @@ class Recipe:
 
 def encode(recipe: Recipe) -> bytes:
     """A recipe as JSON."""
-    terms = [[hashes.text(term.xorb), term.begin, term.end, term.size] for term in recipe.terms]
+    terms = encode_terms(recipe.terms)
     value = {"format": FORMAT, "sha256": recipe.sha256, "xet": hashes.text(recipe.digest), "terms": terms}
     return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
@@ -58,15 +59,9 @@ def decode(data: bytes, where: str) -> Recipe:
         if value["format"] != FORMAT:
             raise FormatError(f"{where} has format {value['format']!r}, expected {FORMAT}.")
         digest = hashes.digest_of(value["xet"])
-        terms = []
-        for written, begin, end, size in value["terms"]:
-            xorb = hashes.digest_of(written)
-            if xorb is None or not 0 <= begin < end or size <= 0:
-                raise ValueError("a term is out of range")
-            terms.append(Term(xorb, begin, end, size))
         if digest is None:
             raise ValueError("a hash is none")
-        return Recipe(value["sha256"], digest, tuple(terms))
+        return Recipe(value["sha256"], digest, decode_terms(value["terms"]))
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, FormatError):
             raise

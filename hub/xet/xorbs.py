@@ -8,7 +8,7 @@ Source: draft-denis-xet-05, section "Xorb format"; xet-core 1.5 (August 2026) fo
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -73,6 +73,13 @@ class XorbIndex:
         return footer + struct.pack("<I", len(footer))
 
 
+def make_index(digests: Sequence[bytes], packed_ends: Sequence[int], ends: Sequence[int]) -> XorbIndex:
+    """The index of chunks with these hashes, and with it the xorb's own hash."""
+    sizes = [end - begin for begin, end in zip((0, *ends), ends, strict=False)]
+    digest = hashes.xorb_hash(list(zip(digests, sizes, strict=True)))
+    return XorbIndex(digest, b"".join(digests), tuple(packed_ends), tuple(ends))
+
+
 def read_index(source: Source) -> XorbIndex:
     """The index of a stored xorb, from its footer. Raises `FormatError` for one that does not hold together."""
     damaged = f"{source.name} is damaged"
@@ -82,12 +89,22 @@ def read_index(source: Source) -> XorbIndex:
     count, rest = divmod(length - _FIXED, _EACH)
     if rest or not 0 < count <= MAX_CHUNKS or length + 4 > source.size:
         raise FormatError(f"{damaged}: its footer cannot have {length} bytes.")
-    footer = read_bytes(source, source.size - 4 - length, length)
-    digest = footer[8:40]
+    index = read_footer(read_bytes(source, source.size - 4 - length, length + 4), source.name)
+    if index.packed_ends[-1] != source.size - 4 - length:
+        raise FormatError(f"{damaged}: its footer does not hold together.")
+    return index
+
+
+def read_footer(footer: bytes, name: str) -> XorbIndex:
+    """The index that a footer was made of. Raises `FormatError` where it does not hold together."""
+    damaged = f"{name} is damaged"
+    count, rest = divmod(len(footer) - 4 - _FIXED, _EACH)
+    if rest or not 0 < count <= MAX_CHUNKS:
+        raise FormatError(f"{damaged}: its footer cannot have {len(footer)} bytes.")
     hashed = footer[52 : 52 + 32 * count]
     numbers = struct.unpack_from(f"<{2 * count}I", footer, 52 + 32 * count + 12)
-    index = XorbIndex(digest, hashed, numbers[:count], numbers[count:])
-    if index.footer[:-4] != footer or index.packed_ends[-1] != source.size - 4 - length:
+    index = XorbIndex(footer[8:40], hashed, numbers[:count], numbers[count:])
+    if index.footer != footer:
         raise FormatError(f"{damaged}: its footer does not hold together.")
     for ends in (index.packed_ends, index.ends):
         if any(end <= begin for begin, end in zip((0, *ends), ends, strict=False)):
@@ -96,10 +113,14 @@ def read_index(source: Source) -> XorbIndex:
 
 
 class XorbParser:
-    """Takes a xorb's bytes as they come, in any pieces. Hands on those of the chunks; knows the index at the end."""
+    """Takes a xorb's bytes as they come, in any pieces. Hands on each chunk; knows the index at the end.
 
-    def __init__(self, write: Callable[[memoryview], object]) -> None:
-        self._write = write
+    Args:
+        take: called with the hash of a chunk, its bytes as they came with their header, and its length unpacked.
+    """
+
+    def __init__(self, take: Callable[[bytes, memoryview, int], object]) -> None:
+        self._take = take
         self._rest = b""
         self._footer = 0
         self._hashes: list[bytes] = []
@@ -117,7 +138,6 @@ class XorbParser:
             where = f"Chunk {len(self._ends)} of the xorb"
             head = view[position : position + HEADER]
             if bytes(head[:7]) == _IDENT[:7]:
-                self._hand_on(view[:position])
                 self._skip(len(view) - position)
                 return
             header = read_chunk_header(head, where)
@@ -125,9 +145,10 @@ class XorbParser:
             if end > len(view):
                 break
             chunk = unpack(header, view[position + HEADER : end], where)
-            self._add(hashes.chunk_hash(chunk), end - position, header.size)
+            digest = hashes.chunk_hash(chunk)
+            self._add(digest, end - position, header.size)
+            self._take(digest, view[position:end], header.size)
             position = end
-        self._hand_on(view[:position])
         self._rest = bytes(view[position:])
 
     def _add(self, digest: bytes, packed: int, size: int) -> None:
@@ -139,10 +160,6 @@ class XorbParser:
         if self._ends[-1] > MAX_DATA or self._packed_ends[-1] > MAX_PACKED:
             raise FormatError(f"The xorb has more than {MAX_DATA} bytes of data.")
 
-    def _hand_on(self, view: memoryview) -> None:
-        if view:
-            self._write(view)
-
     def _skip(self, count: int) -> None:
         self._footer += count
         self._rest = b""
@@ -153,10 +170,9 @@ class XorbParser:
         """The index. Raises `FormatError` where a chunk is cut short, `IntegrityError` where the hash is another."""
         if self._rest or not self._ends:
             raise FormatError(f"The xorb ends within chunk {len(self._ends)}; send it again.")
-        sizes = [end - begin for begin, end in zip((0, *self._ends), self._ends, strict=False)]
-        found = hashes.xorb_hash(list(zip(self._hashes, sizes, strict=True)))
-        if found != expected:
+        index = make_index(self._hashes, self._packed_ends, self._ends)
+        if (found := index.digest) != expected:
             raise IntegrityError(
                 f"The xorb hashes to {hashes.text(found)}, expected {hashes.text(expected)}; send it again."
             )
-        return XorbIndex(found, b"".join(self._hashes), tuple(self._packed_ends), tuple(self._ends))
+        return index

@@ -18,6 +18,7 @@ LAUNCHER = ROOT / "benchmarks" / "launcher.py"
 OURS = ("surgery extract", "surgery extract --no-hash")
 COMBINES = ("surgery combine", "surgery combine --no-hash")
 METHODS = ("full", "lora")
+HOMES = ("the same home", "a new home")
 MERGES = ("surgery merge", "surgery merge --no-hash")
 EXTRACT_ERRORS = [f"largest error / least possible, 14 modules, {name}" for name in (*OURS, "plain script")]
 EXPECTED: dict[str, tuple[list[str], list[str]]] = {
@@ -100,6 +101,16 @@ EXPECTED: dict[str, tuple[list[str], list[str]]] = {
     "copy": (
         ["surgery merge", "cp -r and sync", "surgery merge --no-hash", "python -c 'import torch'"],
         [f"wall time beyond start-up against cp, {name}" for name in MERGES],
+    ),
+    "hub": (
+        ["hf upload", "hf download", "cp -r, SHA-256"],
+        [
+            *(f"wall time against cp -r, SHA-256, hf {name}" for name in ("upload", "download")),
+            "server's peak memory while that is pushed",
+            *(f"growth by a 32-expert mixture (10 MB) after its dense checkpoint, from {home}" for home in HOMES),
+            *(f"growth by version 2 of an adapter (0 MB) with one layer changed, from {home}" for home in HOMES),
+            "4 clients that pull an adapter at once, against one",
+        ],
     ),
     "registry": (
         ["surgery push", "cp -r, sync, SHA-256", "surgery pull"],

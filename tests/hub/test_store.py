@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from surgery.errors import FormatError, InputError, OptionError, OutputError
+from surgery.hub.collecting import collect
 from surgery.hub.content import LocalContent
 from surgery.hub.interfaces import ConflictError, ContentMissingError
 from surgery.hub.naming import parse_repository
@@ -236,11 +237,11 @@ def test_content_on_its_way_survives_a_collection(registry: Registry) -> None:
     path = registry.content.path(old)
     assert path is not None
     os.utime(path, (0, 0))
-    assert registry.collect(grace=3600) == 3
+    assert collect(registry, None, 3600).freed_bytes == 3
     assert contents(registry) == {young}
     assert registry.content.touch(young)
     assert not registry.content.touch(old)
-    assert registry.collect(grace=-1) == 5
+    assert collect(registry, None, -1).freed_bytes == 5
 
 
 OPERATIONS = st.lists(
@@ -273,7 +274,7 @@ def test_a_registry_holds_what_a_dictionary_would(operations: list[tuple[str, st
                 registry.delete(parse_repository(name))
                 del model[name.lower()]
             elif what == "collect":
-                registry.collect(grace=-1)
+                collect(registry, None, -1)
         assert {repository.name.key for repository in registry.metadata.repositories()} == set(model)
         for key, states in model.items():
             found = registry.find(parse_repository(key))
@@ -281,7 +282,7 @@ def test_a_registry_holds_what_a_dictionary_would(operations: list[tuple[str, st
             assert {file.path: (place / file.path).read_bytes() for file in found.files} == states[-1]
             history = list(registry.metadata.history(found.repository.name, found.commit.id))
             assert len(history) == len(states)
-        registry.collect(grace=-1)
+        collect(registry, None, -1)
         held = {hashlib.sha256(data).hexdigest() for states in model.values() for s in states for data in s.values()}
         assert contents(registry) == held
         assert_sound(registry)

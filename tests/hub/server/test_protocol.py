@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile, RepoFolder
 
+import surgery
 from surgery.hub.server.run import add_organisation
 from tests.hub.server.serving import Server
 
@@ -297,5 +298,7 @@ def test_ranges_and_conditions(api: HfApi, server: Server) -> None:
 
 
 def test_health(server: Server) -> None:
-    assert httpx2.get(f"{server.url}/health").json() == {"status": "ok"}
+    found = httpx2.get(f"{server.url}/health").json()
+    assert (found["status"], found["version"]) == ("ok", surgery.__version__)
+    assert 0 < found["free_bytes"] < 1 << 60
     assert httpx2.get(f"{server.url}/api/agent-harnesses").status_code == 404

@@ -36,7 +36,7 @@ def pieces(count: int, seed: int = 0, most: int = 300) -> list[bytes]:
 
 def parse(data: bytes, expected: bytes, step: int = 1 << 20) -> tuple[XorbIndex, bytes]:
     kept = bytearray()
-    parser = XorbParser(kept.extend)
+    parser = XorbParser(lambda digest, packed, size: kept.extend(packed))
     for begin in range(0, len(data), step):
         parser.feed(data[begin : begin + step])
     return parser.finish(expected), bytes(kept)
