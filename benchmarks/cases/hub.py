@@ -11,7 +11,7 @@ from benchmarks.measuring import Measured, Usage, Workshop
 from benchmarks.models import ALL_LINEAR, LARGE, SMALL
 from benchmarks.table import Result, Row, at_most, megabytes, seconds
 
-PUSH, PULL, COPY = "hf upload", "hf download", "cp -r, SHA-256"
+PUSH, PULL, COPY = "hf upload", "hf download", "cp -r and sha256sum"
 MOST = {PUSH: 3.0, PULL: 2.0}
 EXPERTS = 32
 CLIENTS = 32

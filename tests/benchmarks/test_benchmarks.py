@@ -103,9 +103,9 @@ EXPECTED: dict[str, tuple[list[str], list[str]]] = {
         [f"wall time beyond start-up against cp, {name}" for name in MERGES],
     ),
     "hub": (
-        ["hf upload", "hf download", "cp -r, SHA-256"],
+        ["hf upload", "hf download", "cp -r and sha256sum"],
         [
-            *(f"wall time against cp -r, SHA-256, hf {name}" for name in ("upload", "download")),
+            *(f"wall time against cp -r and sha256sum, hf {name}" for name in ("upload", "download")),
             "server's peak memory while that is pushed",
             *(f"growth by a 32-expert mixture (10 MB) after its dense checkpoint, from {home}" for home in HOMES),
             *(f"growth by version 2 of an adapter (0 MB) with one layer changed, from {home}" for home in HOMES),
