@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -304,12 +305,20 @@ def _mode(path: str) -> str:
     return "lfs" if path.endswith((".safetensors", ".bin")) else "regular"
 
 
+class PatientServer(ThreadingHTTPServer):
+    """Says nothing of clients that hang up, as tests have them do."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @contextlib.contextmanager
 def running() -> Iterator[FakeHub]:
     """A Hub that answers as long as this lasts."""
     hub = FakeHub()
     handler = type("Handler", (_Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = PatientServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

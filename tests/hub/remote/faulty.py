@@ -8,8 +8,10 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.hub.fake_hub import PatientServer
 
 COMMIT = "c" * 40
 
@@ -149,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
 def serving_badly(data: bytes) -> Iterator[FaultyServer]:
     """A server that has `data`, as long as this lasts."""
     owner = FaultyServer(data)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"owner": owner}))
+    server = PatientServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"owner": owner}))
     server.daemon_threads = True
     owner.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
