@@ -101,6 +101,10 @@ def test_users_organisations_and_tokens(tmp_path: Path, monkeypatch: pytest.Monk
         ),
         (("token", "create", "--user", "eve", "--role", "read"), "There is no user called eve; `surgery hub user"),
         (("token", "create", "--user", "ada", "--role", "read", "--expires", "0"), "--expires is 0, expected a number"),
+        (
+            ("token", "create", "--user", "ada", "--role", "read", "--expires", "9" * 20),
+            f"--expires is {'9' * 20}, expected a number of days, 1 to 36500.",
+        ),
         (("token", "create", "--user", "ada", "--role", "read", "--repo", "a//b"), "'a//b' is not a name for"),
         (
             ("token", "create", "--user", "ada", "--role", "read", "--value-from-env", "UNSET"),
