@@ -16,6 +16,7 @@ A restored registry begins a new epoch: clients forget which chunks they know to
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -26,13 +27,15 @@ from pathlib import Path
 
 from surgery.errors import InputError, IntegrityError, OutputError
 from surgery.execute import NoProgress, Progress
-from surgery.hub.checking import KINDS, FsckOptions, fsck
+from surgery.hub.checking import KINDS, Damage, FsckOptions, fsck
 from surgery.hub.collecting import opened
 from surgery.hub.content import LocalContent, disk
 from surgery.hub.interfaces import Metadata
 from surgery.hub.locking import tidying
 from surgery.hub.metadata import SqliteMetadata
 from surgery.hub.server.accounts import SqliteAccounts
+from surgery.hub.store import BACKUP_MARK
+from surgery.hub.xet import hashes
 from surgery.source import FileSource
 from surgery.writer import copy_range, sync
 
@@ -95,10 +98,11 @@ def backup(options: BackupOptions) -> CopyReport:
     """Back a registry up, or bring a backup up to date. Raises `InputError` for what is no registry or no place."""
     source, destination = options.data, options.destination
     _check_apart(source, destination)
-    if destination.is_dir() and any(destination.iterdir()) and not (destination / "registry.json").is_file():
-        raise InputError(f"{destination} has something in it that is no backup; give an empty folder.")
+    _check_replaceable(destination)
     with opened(source, writable=False), tidying(source, shared=True), disk(destination):
         destination.mkdir(parents=True, exist_ok=True)
+        # First of all: a run that is killed goes on here, and finds that it may.
+        (destination / BACKUP_MARK).write_text(json.dumps({"format": 1}) + "\n")
         with tidying(destination):
             return _copy(source, destination, options.link, options.progress)
 
@@ -119,6 +123,7 @@ def restore(options: RestoreOptions) -> CopyReport:
             report = _copy(source, making, options.link, options.progress)
             found = fsck(FsckOptions(data=making, progress=options.progress))
             if not found.passed:
+                _discard(making, found.damages)
                 first = found.damages[0]
                 raise IntegrityError(
                     f"The backup at {source} is damaged: {len(found.damages)} problems, the first with the "
@@ -134,6 +139,33 @@ def restore(options: RestoreOptions) -> CopyReport:
             sync(data.absolute().parent)
     report.destination = str(data)
     return report
+
+
+def _discard(making: Path, damages: Iterable[Damage]) -> None:
+    """Remove what came over damaged, so that the next run copies it anew: by then the backup may have been mended."""
+    content = LocalContent(making)
+    for damage in damages:
+        if damage.what == "blob":
+            content.remove_blob(damage.name)
+        elif damage.what == "recipe":
+            content.remove_recipe(damage.name)
+        elif damage.what == "xorb" and (digest := hashes.digest_of(damage.name)) is not None:
+            content.remove_xorb(digest)
+
+
+def _check_replaceable(destination: Path) -> None:
+    """Refuse what holds anything but a backup: its databases would be replaced, and with them what they name."""
+    if not destination.exists() or (destination / BACKUP_MARK).is_file():
+        return
+    if not destination.is_dir():
+        raise InputError(f"{destination} is no folder; give one that is empty, or is not there.")
+    if (destination / "registry.json").is_file():
+        raise InputError(
+            f"{destination} is a registry, or a backup that was written to since: all that it holds would be replaced. "
+            f"Give an empty folder; if that is what is wanted, make an empty file {BACKUP_MARK} in it."
+        )
+    if any(destination.iterdir()):
+        raise InputError(f"{destination} has something in it that is no backup; give an empty folder.")
 
 
 def _check_apart(source: Path, destination: Path) -> None:

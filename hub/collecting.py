@@ -110,7 +110,7 @@ class GcReport:
 
 def gc(options: GcOptions) -> GcReport:
     """Collect a registry's garbage. Raises `InputError` where there is no registry."""
-    if options.grace < 0:
+    if not options.grace >= 0:  # nan as well, to which nothing compares: it would spare nothing
         raise OptionError(f"--grace is {options.grace:g}, expected a number of days, 0 or more.")
     with opened(options.data) as (registry, index):
         return collect(registry, index, options.grace * _DAY, options.dry_run)

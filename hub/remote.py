@@ -258,6 +258,12 @@ def open_folder(repository: str, revision: str | None, endpoint: str | None = No
             "`hf auth login`, or set HF_TOKEN."
         ) from error
     except network_errors() as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):  # it was reached, and what the cache holds may be another token's
+            raise InputError(
+                f"{place} refuses what you are logged in with (status {status}); log in with `hf auth login`, or set "
+                "HF_TOKEN."
+            ) from error
         failure = error
     try:
         return SnapshotFolder(

@@ -49,6 +49,8 @@ from surgery.source import Source
 from surgery.writer import sync
 
 FORMAT = 1
+# A file beside registry.json in what `hub backup` wrote and nobody has written to since.
+BACKUP_MARK = "backup.json"
 # A commit may be called by the first digits of its id, but not by fewer than these.
 _LEAST_PREFIX = 7
 
@@ -335,7 +337,11 @@ def open_registry(root: Path | None = None) -> Registry:
             _write_format(root)
     _check_format(root)
     content = LocalContent(root)
+    _check_database(root, content)
     content.clear()
+    # Written to from now on, it is no copy any more that a backup may replace.
+    with disk(root):
+        (root / BACKUP_MARK).unlink(missing_ok=True)
     return Registry(root, content, SqliteMetadata(root / "registry.sqlite"))
 
 
@@ -345,7 +351,9 @@ def existing_registry(root: Path | None = None, writable: bool = False) -> Regis
     if not (root / "registry.sqlite").is_file():
         return None
     _check_format(root)
-    return Registry(root, LocalContent(root), SqliteMetadata(root / "registry.sqlite", writable))
+    content = LocalContent(root)
+    _check_database(root, content)
+    return Registry(root, content, SqliteMetadata(root / "registry.sqlite", writable))
 
 
 def _write_format(root: Path) -> None:
@@ -366,6 +374,22 @@ def _check_format(root: Path) -> None:
         raise FormatError(
             f"{root} is a registry of format {found!r}, expected {FORMAT}; use the version of this tool that made it."
         )
+
+
+def _check_database(root: Path, content: Content) -> None:
+    """Refuse to begin anew above content whose database was lost: a collection would then remove all of it.
+
+    Content comes only after a database that has its schema, so whoever makes a registry is never refused.
+    """
+    path = root / "registry.sqlite"
+    with disk(root):
+        if path.is_file() and path.stat().st_size > 0:
+            return
+        if next(iter(content.list()), None) is not None or next(iter(content.xorbs()), None) is not None:
+            raise FormatError(
+                f"{root} keeps content, and its registry.sqlite, which says what it is, is empty or gone; restore that "
+                "from a backup."
+            )
 
 
 def iterate_history(registry: Registry, found: Revision, limit: int) -> Iterator[Commit]:

@@ -28,7 +28,7 @@ def _or_none(value: object, what: str) -> str | None:
 
 
 def _days(value: object) -> int | None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or abs(value) > 1_000_000):
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
         raise HttpError(400, "days has to be a number.")
     return value
 

@@ -24,6 +24,8 @@ from surgery.hub.server.audit import Audit
 from surgery.hub.server.interfaces import ROLES, Accounts
 
 _DAY = 86_400
+# A century. Times beyond what SQLite or a calendar can hold would be in every list of tokens from then on.
+_MOST_DAYS = 36_500
 _LEAST_TOKEN = 20
 _TOKEN = re.compile(r"[!-~]+")
 # Names with another meaning in an address.
@@ -175,8 +177,8 @@ class LocalAdministration:
             raise OptionError(f"--role is {role!r}, expected one of {', '.join(ROLES)}.")
         if repository is not None:
             parse_repository(repository)
-        if days is not None and days <= 0:
-            raise OptionError(f"--expires is {days}, expected a number of days above 0.")
+        if days is not None and not 0 < days <= _MOST_DAYS:
+            raise OptionError(f"--expires is {days}, expected a number of days, 1 to {_MOST_DAYS}.")
         now = int(time.time())
         expires = None if days is None else now + days * _DAY
         token = new_token() if given is None else given

@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from surgery.errors import InputError, IntegrityError
 from surgery.hub.interfaces import ContentMissingError
-from surgery.hub.naming import RepositoryName
+from surgery.hub.naming import MAIN, RepositoryName
 from surgery.hub.server.checking import check_room
 from surgery.hub.server.hub import Call, Hub
 from surgery.hub.server.interfaces import READ, WRITE
@@ -69,7 +69,10 @@ async def give_token(call: Call) -> Response:
     """`GET /api/models/{id}/xet-read-token/{revision}`, and `write`."""
     writes = call.request.scope["raw_path"].find(b"/xet-write-token/") >= 0
     if writes:
-        found = await run_in_threadpool(branch_to_write, call, head_of(call.rest), is_opening(call))
+        opens = is_opening(call)
+        # The client writes None for a pull request that is about to be opened, which has no name yet.
+        branch = MAIN if opens and call.rest == ("None",) else head_of(call.rest)
+        found = await run_in_threadpool(branch_to_write, call, branch, opens)
         await run_in_threadpool(check_room, call.hub, found.name.namespace, {}, 1)
     else:
         found = await run_in_threadpool(call.opened)

@@ -100,6 +100,9 @@ def serve(options: ServeOptions, ready: Callable[[Started], None]) -> None:
         raise OptionError(f"--log is {options.log!r}, expected one of {', '.join(logs.KINDS)}.")
     if options.rate < 0:
         raise OptionError(f"--rate-limit is {options.rate}, expected a number of requests, or 0 for any.")
+    # A wait that is not a number does not wait, and threads cannot wait for longer than this.
+    if options.gc_every is not None and not 0 < options.gc_every * _HOUR <= threading.TIMEOUT_MAX:
+        raise OptionError(f"--gc-every is {options.gc_every:g}, expected a number of hours above 0.")
     registry = open_registry(options.data)
     accounts = SqliteAccounts(options.data / "server.sqlite")
     community = SqliteCommunity(options.data / "registry.sqlite")
@@ -143,8 +146,6 @@ def _collecting(options: ServeOptions) -> Iterator[None]:
     if every is None:
         yield
         return
-    if every <= 0:
-        raise OptionError(f"--gc-every is {every:g}, expected a number of hours above 0.")
     stopped = threading.Event()
 
     def work() -> None:

@@ -18,7 +18,7 @@ from surgery.hub.backup import BackupOptions, CopyReport, RestoreOptions, backup
 from surgery.hub.checking import FsckOptions, fsck
 from surgery.hub.collecting import collect
 from surgery.hub.naming import parse_repository
-from surgery.hub.store import open_registry
+from surgery.hub.store import existing_registry, open_registry
 from tests.hub.registry_tools import assert_sound, contents
 from tests.hub.test_checking import flip
 from tests.hub.test_collecting import Folder, made
@@ -52,7 +52,9 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 def is_sound(root: Path) -> bool:
-    with open_registry(root) as registry:
+    registry = existing_registry(root)
+    assert registry is not None
+    with registry:
         assert_sound(registry)
     return fsck(FsckOptions(data=root)).passed
 
@@ -113,6 +115,56 @@ def test_a_damaged_backup_is_not_restored(folder: Folder, tmp_path: Path) -> Non
     with pytest.raises(IntegrityError, match=rf"is damaged: 1 problems, the first with the xorb {path.name}; `surgery"):
         restore(RestoreOptions(source=tmp_path / "backup", data=tmp_path / "new"))
     assert not (tmp_path / "new").exists()
+    # What came over damaged does not stay beside the place, where the next run would take it for copied.
+    flip(path, 50)
+    restore(RestoreOptions(source=tmp_path / "backup", data=tmp_path / "new"))
+    assert is_sound(tmp_path / "new")
+
+
+def test_another_registry_is_not_replaced(folder: Folder, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    with open_registry(other) as registry:
+        commit(registry, {"README.md": b"other"}, "lab/other")
+    before = (other / "registry.sqlite").read_bytes()
+    with pytest.raises(InputError, match="other is a registry, or a backup that was written to since: all that it"):
+        copied(folder, other)
+    assert (other / "registry.sqlite").read_bytes() == before
+    # Nor is a registry by its own backup, the arguments being the wrong way round.
+    place = tmp_path / "backup"
+    copied(folder, place)
+    with pytest.raises(InputError, match="data is a registry, or a backup"):
+        backup(BackupOptions(data=place, destination=folder.root))
+    copied(folder, place)
+    # A backup that was served, or pushed to, is a registry from then on; so is what was restored.
+    with open_registry(place) as registry:
+        commit(registry, {"README.md": b"pushed"}, "lab/pushed")
+    with pytest.raises(InputError, match=r"make an empty file backup\.json in it"):
+        copied(folder, place)
+    (place / "backup.json").touch()
+    assert copied(folder, place).commits == 3
+    restore(RestoreOptions(source=place, data=tmp_path / "restored"))
+    with pytest.raises(InputError, match="restored is a registry, or a backup"):
+        copied(folder, tmp_path / "restored")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file is no folder"):
+        copied(folder, tmp_path / "file")
+
+
+def test_a_first_backup_that_was_killed_goes_on(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = module._Copier.copy
+
+    def killed(copier: module._Copier, *groups: list[str]) -> None:
+        real(copier, groups[0][:1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module._Copier, "copy", killed)
+    with pytest.raises(KeyboardInterrupt):
+        copied(folder, tmp_path / "backup")
+    monkeypatch.undo()
+    assert copied(folder, tmp_path / "backup").present == 1
+    assert is_sound(tmp_path / "backup")
 
 
 def test_where_nothing_can_be_copied(folder: Folder, tmp_path: Path) -> None:
@@ -153,7 +205,9 @@ def test_content_that_is_lost_is_not_called_backed_up(folder: Folder, tmp_path: 
     copied(folder, tmp_path / "backup")
     before = (tmp_path / "backup" / "registry.sqlite").read_bytes()
     commit(folder.registry, {"README.md": b"lost"}, "lab/text")
-    (sha256,) = contents(folder.registry) - contents(open_registry(tmp_path / "backup"))
+    backed_up = existing_registry(tmp_path / "backup")
+    assert backed_up is not None
+    (sha256,) = contents(folder.registry) - contents(backed_up)
     folder.content.remove(sha256)
     with pytest.raises(OutputError, match=rf"^Content of .*data keeps disappearing, {sha256} for one; check it with"):
         copied(folder, tmp_path / "backup")

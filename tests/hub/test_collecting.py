@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from surgery.errors import InputError, OptionError, OutputError
+from surgery.errors import FormatError, InputError, OptionError, OutputError, SurgeryError
 from surgery.hub.collecting import CLIENTS_REMEMBER, Collected, GcOptions, GcReport, collect, gc
 from surgery.hub.content import LocalContent
 from surgery.hub.interfaces import FileEntry
@@ -258,6 +258,8 @@ def test_snapshots_and_what_is_on_its_way(folder: Folder) -> None:
 def test_what_cannot_be_collected(folder: Folder, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"^--grace is -1, expected a number of days, 0 or more\.$"):
         gc(GcOptions(data=folder.root, grace=-1))
+    with pytest.raises(OptionError, match=r"^--grace is nan, expected a number of days, 0 or more\.$"):
+        gc(GcOptions(data=folder.root, grace=float("nan")))
     with pytest.raises(InputError, match=r"^There is no registry at "):
         gc(GcOptions(data=tmp_path / "nothing"))
     with tidying(folder.root, shared=True), pytest.raises(OutputError, match="Another gc or backup is at work on"):
@@ -353,3 +355,19 @@ def test_pushes_go_on_meanwhile(tmp_path: Path) -> None:
     assert process.returncode == 0
     with open_registry() as registry:
         assert assert_sound(registry) == 20
+
+
+@pytest.mark.parametrize("lost", ["emptied", "gone"])
+def test_content_without_its_database_is_not_garbage(folder: Folder, lost: str) -> None:
+    folder.commit("lab/base", folder.file(made(1, 3)))
+    folder.registry.close()
+    folder.age(100)
+    database = folder.root / "registry.sqlite"
+    database.write_bytes(b"") if lost == "emptied" else database.unlink()
+    before = sorted(folder.root.glob("*/*/*"))
+    with pytest.raises(SurgeryError, match="empty or gone" if lost == "emptied" else "There is no registry"):
+        gc(GcOptions(data=folder.root))
+    # Nor is a new one begun above it, whose first collection would remove all.
+    with pytest.raises(FormatError, match=r"keeps content, and its registry\.sqlite, which says what it is, is"):
+        open_registry(folder.root)
+    assert sorted(folder.root.glob("*/*/*")) == before

@@ -136,6 +136,8 @@ def test_what_is_private_asks_for_a_login(
     served: tuple[Server, Path], folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a token it is not there; with one of a member it is."""
+    from huggingface_hub import snapshot_download
+
     server, _ = served
     with monkeypatch.context() as patch:
         patch.setenv("SURGERY_REGISTRY", str(server.data))
@@ -153,6 +155,12 @@ def test_what_is_private_asks_for_a_login(
         )
     monkeypatch.setenv("HF_TOKEN", server.tokens["ada"])
     assert surgery.inspect("lab/secret").as_dict()["modules"] == 14
+    # A token that is refused is no Hub that is away: the cache does not stand in for it.
+    snapshot_download("lab/secret")
+    with monkeypatch.context() as patch:
+        patch.setenv("HF_TOKEN", "revoked-or-mistyped")
+        with pytest.raises(InputError, match=r"refuses what you are logged in with \(status 401\); log in with `hf"):
+            surgery.inspect("lab/secret")
     with pytest.raises(InputError, match=r"^lab/secret on http://127\.0\.0\.1:\d+ has no revision 'v9'\.$"):
         surgery.inspect("lab/secret@v9")
 

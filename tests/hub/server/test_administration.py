@@ -66,6 +66,10 @@ MISTAKES = [
     (("org", "member", "add", "nolab", "ada"), "There is no organisation called nolab; `surgery hub org add nolab`"),
     (("token", "create", "--user", "nobody", "--role", "read"), "There is no user called nobody"),
     (("token", "create", "--user", "ada", "--role", "read", "--expires", "0"), "--expires is 0, expected a number"),
+    (
+        ("token", "create", "--user", "ada", "--role", "read", "--expires", "9" * 20),
+        f"--expires is {'9' * 20}, expected a number of days, 1 to 36500.",
+    ),
     (("token", "list", "--user", "nobody"), "There is no user called nobody"),
     (("token", "revoke", "0123"), "There is no token 0123; `surgery hub token list` shows those that there are."),
 ]

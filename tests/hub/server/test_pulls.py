@@ -141,6 +141,25 @@ def test_a_folder_as_a_pull_request(server: Server, tmp_path: Path, disabled: st
     assert Path(found).read_bytes() == (tmp_path / "w.bin").read_bytes()
 
 
+@pytest.mark.parametrize("disabled", ["0", "1"])
+def test_a_large_file_as_a_pull_request(server: Server, tmp_path: Path, disabled: str) -> None:
+    """In one call, as transformers' `push_to_hub(create_pr=True)` does it: no draft is there before the upload."""
+    name = f"ada/large-{disabled}"
+    server.api().create_repo(name)
+    (tmp_path / "w.bin").write_bytes(random.Random(2).randbytes(300_000))
+    (revision,) = server.client(
+        f"print(json.dumps([api.upload_file(repo_id={name!r}, path_or_fileobj={str(tmp_path / 'w.bin')!r}, "
+        "path_in_repo='w.bin', create_pr=True).pr_revision]))",
+        user="bob",
+        HF_HUB_DISABLE_XET=disabled,
+    )
+    assert revision == "refs/pr/1"
+    api = server.api()
+    api.merge_pull_request(name, 1)
+    found = api.hf_hub_download(name, "w.bin", local_dir=tmp_path / "there")
+    assert Path(found).read_bytes() == (tmp_path / "w.bin").read_bytes()
+
+
 def test_proposing_leads_to_nothing_that_the_owner_has(server: Server) -> None:
     """A token for chunks that a stranger gets for a pull request names the stranger only."""
     server.api().create_repo("lure")

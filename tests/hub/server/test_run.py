@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from surgery.cli.main import cli
-from surgery.errors import SurgeryError
+from surgery.errors import OptionError, SurgeryError
 from surgery.hub.naming import RepositoryName
 from surgery.hub.server.accounts import SqliteAccounts
 from surgery.hub.server.run import ServeOptions, _listening, create_token, serve
@@ -101,6 +101,10 @@ def test_users_organisations_and_tokens(tmp_path: Path, monkeypatch: pytest.Monk
         ),
         (("token", "create", "--user", "eve", "--role", "read"), "There is no user called eve; `surgery hub user"),
         (("token", "create", "--user", "ada", "--role", "read", "--expires", "0"), "--expires is 0, expected a number"),
+        (
+            ("token", "create", "--user", "ada", "--role", "read", "--expires", "9" * 20),
+            f"--expires is {'9' * 20}, expected a number of days, 1 to 36500.",
+        ),
         (("token", "create", "--user", "ada", "--role", "read", "--repo", "a//b"), "'a//b' is not a name for"),
         (
             ("token", "create", "--user", "ada", "--role", "read", "--value-from-env", "UNSET"),
@@ -144,3 +148,11 @@ def test_small_answers_do_not_wait_for_acknowledgements(tmp_path: Path, host: st
         if host != "::1":
             raise
         pytest.skip(f"this machine has no IPv6: {error}")
+
+
+@pytest.mark.parametrize("every", [0.0, -1.0, float("nan"), float("inf"), 1e12])
+def test_how_often_to_collect_is_checked_before_anything_is_made(tmp_path: Path, every: float) -> None:
+    """`nan` would collect without a pause; a wait that is too long would end the thread, and with it all collecting."""
+    with pytest.raises(OptionError, match=r"^--gc-every is .*, expected a number of hours above 0\.$"):
+        serve(ServeOptions(data=tmp_path / "data", gc_every=every), lambda _: None)
+    assert not (tmp_path / "data").exists()
