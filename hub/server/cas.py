@@ -203,6 +203,8 @@ def _told(hub: Hub, holders: Collection[str], chunk: bytes) -> bytes | None:
         if all(touched):
             hub.index.touch_xorb(xorb)
             found.append(placed.index)
+    if not found:
+        return None
     now = int(time.time())
     return write_xorbs(found, now, now + _TOLD_FOR)
 

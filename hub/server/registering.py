@@ -19,7 +19,7 @@ from surgery.hub.passing import PassingTensors
 from surgery.hub.server.interfaces import ChunkIndex
 from surgery.hub.server.placing import lost, placement_of, touch_xorbs
 from surgery.hub.xet import hashes
-from surgery.hub.xet.placement import joined
+from surgery.hub.xet.placement import Placement, joined
 from surgery.hub.xet.recipes import AssembledSource, Recipe
 from surgery.hub.xet.shards import ShardFile, Term, read_files
 
@@ -96,7 +96,16 @@ def _register(
         touch_xorbs(content, {term.xorb for term in recipe.terms})
         if known is None or not content.touch(sha256):
             content.keep_recipe(recipe)
-        index.add_file(recipe, xorbs, holders, asked_for)
+        index.add_file(recipe, xorbs, _whole(file.terms, placed), holders, asked_for)
+
+
+def _whole(terms: Collection[Term], placed: Mapping[bytes, Placement]) -> set[bytes]:
+    """The xorbs of which these terms name every chunk."""
+    reached = dict.fromkeys(placed, 0)
+    for term in sorted(terms, key=lambda term: term.begin):
+        if term.begin <= reached[term.xorb]:
+            reached[term.xorb] = max(reached[term.xorb], term.end)
+    return {xorb for xorb, end in reached.items() if end == len(placed[xorb].index)}
 
 
 def _sha256(content: Content, recipe: Recipe, note: Note) -> str:

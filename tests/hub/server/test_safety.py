@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgery.hub.content import LocalContent
+from surgery.hub.server.run import add_organisation
 from surgery.hub.server.signing import Signer, load_key
 from surgery.hub.xet import hashes
 from tests.hub.server.serving import ADMIN, Server
@@ -219,6 +220,44 @@ def test_nobody_gets_at_private_content_by_its_hash(server: Server, content: Loc
     assert bob.xorb(chunks).json() == {"was_inserted": True}
     assert bob.shard(file).status_code == 200
     assert commit(server, "bob", "bob/own", lfs_file(sha256)).status_code == 200
+
+
+def test_naming_a_xorb_for_one_file_gives_nobody_the_others_in_it(server: Server) -> None:
+    """A client packs several files into one xorb; one of them then goes to a namespace with other members."""
+    ada_api, bob_api = server.api("ada"), server.api("bob")
+    ada_api.create_repo("behind")
+    ada_api.update_repo_settings("ada/behind", gated="manual")
+    add_organisation(server.data, "club", ("ada", "bob"), private_by_default=False)
+    ada_api.create_repo("club/shared")
+    bob_api.create_repo("taken")
+    chunks = [*made(21, 12), *made(22, 12)]
+    digest = xorb(chunks)[0]
+    secret, shared = (
+        Described([(digest, chunks, begin, end)], hashlib.sha256(b"".join(chunks[begin:end])).hexdigest())
+        for begin, end in ((0, 12), (12, 24))
+    )
+    assert secret.sha256 is not None
+    assert shared.sha256 is not None
+    ada = Xet(server, "ada", "ada/behind")
+    ada.xorb(chunks)
+    assert ada.shard(secret, shared).status_code == 200
+    assert commit(server, "ada", "ada/behind", lfs_file(secret.sha256)).status_code == 200
+    # She has them all, and need not send them again; the club has the one file, and none of its neighbours.
+    assert Xet(server, "ada", "club/shared").shard(shared).status_code == 200
+    assert commit(server, "ada", "club/shared", lfs_file(shared.sha256)).status_code == 200
+    first = hashes.text(hashes.chunk_hash(chunks[12]))
+    assert Xet(server, "bob", "club/shared").get(f"chunks/default/{first}").status_code == 404
+    for name in ("club/shared", "bob/taken"):
+        assert "was not uploaded" in Xet(server, "bob", name).shard(secret).json()["error"]
+        assert "was not uploaded" in commit(server, "bob", name, lfs_file(secret.sha256)).json()["error"]
+    assert commit(server, "bob", "bob/taken", lfs_file(shared.sha256)).status_code == 200
+    # A xorb with nothing else in it is the club's.
+    alone = made(23, 12)
+    ada.xorb(alone)
+    assert ada.shard(described(alone)).status_code == 200
+    assert Xet(server, "ada", "club/shared").shard(described(alone)).status_code == 200
+    first = hashes.text(hashes.chunk_hash(alone[0]))
+    assert hashes.chunk_hash(alone[3]) in Xet(server, "bob", "club/shared").get(f"chunks/default/{first}").content
 
 
 def test_the_same_answer_for_private_and_missing(server: Server, content: LocalContent) -> None:
