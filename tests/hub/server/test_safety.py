@@ -7,6 +7,7 @@ import json
 import random
 import socket
 import sqlite3
+import struct
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -182,6 +183,27 @@ def lfs_address(server: Server, user: str, name: str, sha256: str, size: int) ->
     href = found.get("actions", {}).get("upload", {}).get("href")
     assert href is None or isinstance(href, str)
     return href
+
+
+def test_a_small_shard_of_huge_files(server: Server, content: LocalContent) -> None:
+    """The same chunks again and again: nothing is set aside for them, and nothing is put together."""
+    xet, chunks = Xet(server, "ada", "ada/open"), [bytes([number % 256, number // 256]) for number in range(8192)]
+    xet.xorb(chunks)
+    digest, sizes = xorb(chunks)[0], len(b"".join(chunks))
+    terms = [(digest, chunks, 0, 8192)] * 1025
+    proof = hashes.range_hash(hashes.chunk_hash(data) for data in chunks)
+    file = Described([], "0" * 64, b"x" * 32)
+    data = bytearray(shard([file]))
+    # A file of many terms, written by hand: its chunks are not to be hashed here either.
+    head = 48
+    data[head + 36 : head + 40] = len(terms).to_bytes(4, "little")
+    entry = digest + struct.pack("<4I", 0, sizes, 0, 8192)
+    data[head + 48 : head + 48] = entry * len(terms) + (proof + bytes(16)) * len(terms)
+    began = time.monotonic()
+    answer = xet.post("shards", bytes(data))
+    assert answer.status_code == 400
+    assert "more than 8388608" in answer.json()["error"]
+    assert time.monotonic() - began < 5
 
 
 # Other people's content -----------------------------------------------------------------------------------------------
