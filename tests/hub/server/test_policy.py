@@ -18,7 +18,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]  # not exported, and there
 
 from surgery.errors import OptionError
-from surgery.hub.server.limiting import Limiter
+from surgery.hub.server.limiting import Limiter, of_address
 from surgery.hub.server.policy import Policy
 from surgery.hub.server.web import HttpError
 from tests.hub.server.serving import Server, serving
@@ -153,6 +153,14 @@ def test_quotas(strict: Server) -> None:
         assert (answer.status_code, "lab may keep" in answer.json()["error"]) == (403, True)
     api.delete_repo("lab/second")
     put(api, "lab/first", {"d.txt": noise(30_000, 5)})
+
+
+def test_whom_an_address_is() -> None:
+    assert of_address("192.0.2.7") == of_address("::ffff:192.0.2.7") == "192.0.2.7"
+    assert of_address("2001:db8:1:2::1") == of_address("2001:db8:1:2:ffff::9") == "2001:db8:1:2::/64"
+    assert of_address("2001:db8:1:3::1") == "2001:db8:1:3::/64"
+    assert of_address("fe80::1%eth0") == of_address("fe80::2%eth0")
+    assert of_address("") == ""
 
 
 def test_large_files(strict: Server) -> None:

@@ -363,6 +363,13 @@ def test_xet_tokens_and_addresses(server: Server, content: LocalContent) -> None
         assert answer.status_code == 401
 
 
+def test_a_user_of_many_organisations() -> None:
+    signer = Signer(b"k" * 32)
+    spaces = [f"organisation-with-a-long-name-{number:04}" for number in range(400)]
+    token = signer.token("xet", {"h": spaces[:1], "v": spaces}, 100)
+    assert signer.claims("xet", token, 99) == {"h": spaces[:1], "v": spaces, "exp": 100}
+
+
 @given(st.text(max_size=50), st.dictionaries(st.text(), st.integers() | st.text()))
 def test_only_what_was_signed_is_believed(garbage: str, claims: dict[str, Any]) -> None:
     signer, other = Signer(b"k" * 32), Signer(b"o" * 32)
