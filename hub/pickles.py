@@ -52,9 +52,14 @@ _DANGEROUS = frozenset({
     "threading", "timeit", "trace", "types", "urllib", "venv", "webbrowser", "zipimport",
 })  # fmt: skip
 _NAME = re.compile(r"[A-Za-z_][\w.]*")
+_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 _STRINGS = frozenset({
     "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE", "SHORT_BINSTRING", "BINSTRING", "STRING",
 })  # fmt: skip
+# What may be written in more ways than `pickletools` reads.
+_VALUES = _STRINGS | {"INT", "LONG", "FLOAT"}
+# What its readers say of an argument that goes on beyond the data.
+_TOO_SHORT = re.compile(r"expected (\d+) bytes in a |not enough data in stream|no newline found")
 _PUTS, _GETS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"}), frozenset({"GET", "BINGET", "LONG_BINGET"})
 _CALLS = frozenset({"REDUCE", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "BUILD"})
 
@@ -84,7 +89,13 @@ def look(source: Source) -> Pickled | None:
         if re.search(rb"'descr':[^}]*'\|?O", head) is None:
             return None
         return Pickled(SUSPICIOUS, (), "It is an array of objects, which numpy keeps as a pickle.")
-    if not _begins_like_a_pickle(head):
+    reading = _begin(head)
+    if not _is_pickle(reading) and reading.cut and source.size > len(head):
+        # What comes first may be long, and mean nothing.
+        reading = _begin(_read(source, 0, min(source.size, _MAX_PICKLE)))
+        if not _is_pickle(reading) and reading.cut and reading.needed <= source.size and source.size > reading.seen:
+            return Pickled(SUSPICIOUS, (), "It begins like a pickle, with more than can be looked through.")
+    if not _is_pickle(reading):
         return None
     return _verdict([_read(source, 0, min(source.size, _MAX_PICKLE))], source.size > _MAX_PICKLE)
 
@@ -100,7 +111,7 @@ def sniff(path: str, sample: bytes) -> bool:
         return True
     if sample.startswith(b"PK\x03\x04"):
         return b"data.pkl" in sample
-    return _begins_like_a_pickle(sample)
+    return _is_pickle(_begin(sample))
 
 
 def judged(path: str, found: Pickled | None) -> Pickled | None:
@@ -116,13 +127,16 @@ def _read(source: Source, begin: int, size: int) -> bytes:
     return bytes(data)
 
 
-def _begins_like_a_pickle(head: bytes) -> bool:
-    """A pickle of protocol 2 or later says so; an older one is known by calling what it imported."""
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return _Reading(head).run() >= 3  # other files may begin with these two bytes
+def _begin(head: bytes) -> _Reading:
     reading = _Reading(head)
     reading.run()
-    return reading.calls
+    return reading
+
+
+def _is_pickle(reading: _Reading) -> bool:
+    """A pickle of protocol 2 or later says so; an older one is known by calling what it imported."""
+    # Other files may begin with these two bytes.
+    return reading.calls or (reading.says_so and reading.count >= 3)
 
 
 class _Reading:
@@ -133,10 +147,20 @@ class _Reading:
         calls: whether it imports something by a name that can be one, and then calls something.
         whole: whether it comes to its end.
         length: bytes up to there.
+        says_so: whether it begins as one of protocol 2 or later.
+        count: opcodes that were gone through.
+        cut: whether it may go on beyond the bytes that were given, or beyond the opcodes that are gone through.
+        needed: how many bytes there have to be for that, as far as it is said.
+        seen: how many were gone through, or given if those ended.
     """
 
     def __init__(self, data: bytes) -> None:
         self._data = data
+        self.says_so = data[:1] == b"\x80" and data[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+        self.count = 0
+        self.cut = False
+        self.needed = 0
+        self.seen = len(data)
         self.imports: dict[str, None] = {}
         self.calls = False
         self.whole = False
@@ -149,20 +173,49 @@ class _Reading:
 
     def run(self, most: int = _MAX_OPCODES) -> int:
         """Go through it. Returns how many opcodes there were."""
-        count = 0
         try:
-            for opcode, argument, position in pickletools.genops(self._data):
+            for opcode, argument, position in self._opcodes():
                 if not self._stand(opcode):
                     break
-                count += 1
+                self.count += 1
                 self._step(opcode.name, argument)
                 if opcode.name == "STOP":
-                    self.whole, self.length = True, (position or 0) + 1
-                if count >= most:
+                    self.whole, self.length = True, position + 1
+                elif self.count >= most:
+                    self.cut, self.seen = True, position
                     break
         except (ValueError, struct.error, OverflowError):
             pass  # as far as it went is what a reader would have run
-        return count
+        return self.count
+
+    def _opcodes(self) -> Iterator[tuple[pickletools.OpcodeInfo, object, int]]:
+        """Each opcode with its argument, and where it begins, as `pickletools.genops` has them.
+
+        That stops at values which readers take: numbers such as `0x10`, text in other encodings. Those are None here.
+        """
+        file = io.BytesIO(self._data)
+        while True:
+            position = file.tell()
+            code = file.read(1)
+            if not code:
+                self.cut = True
+                return
+            opcode = _OPCODES.get(code.decode("latin-1"))
+            if opcode is None:
+                return
+            argument: object = None
+            if opcode.arg is not None:
+                try:
+                    argument = opcode.arg.reader(file)
+                except (ValueError, struct.error, OverflowError) as error:
+                    if (short := _TOO_SHORT.match(str(error))) is not None:
+                        self.cut, self.needed = True, position + int(short[1] or 0)
+                        return
+                    if opcode.name not in _VALUES:
+                        return
+            yield opcode, argument, position
+            if opcode.name == "STOP":
+                return
 
     def _stand(self, opcode: pickletools.OpcodeInfo) -> bool:
         """Whether the stack has what an opcode takes: where it has not, a reader stops too; and how it is after it."""
@@ -185,7 +238,7 @@ class _Reading:
 
     def _step(self, name: str, argument: object) -> None:
         if name in _STRINGS:
-            self._top.append(str(argument))
+            self._top.append(argument if isinstance(argument, str) else None)
         elif name in _GETS:
             self._top.append(self._memo.get(argument) if isinstance(argument, int) else None)
         elif name in _PUTS and isinstance(argument, int):

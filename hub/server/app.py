@@ -30,7 +30,7 @@ from surgery.hub.server import (
     repos,
 )  # fmt: skip
 from surgery.hub.server.hub import Call, Hub, identify
-from surgery.hub.server.limiting import Limiter
+from surgery.hub.server.limiting import Limiter, of_address
 from surgery.hub.server.pages import routes, session
 from surgery.hub.server.tracing import Trace, trace_of
 from surgery.hub.server.web import HttpError, json_response, unquoted
@@ -148,7 +148,7 @@ class App:
         base = Call(self.hub, request, None).base
         if parts[0] in ("cas", "lfs"):
             # Many requests for one file, most of them without a token.
-            self._limiter.take(f"transfers of {trace.address}", _TRANSFERS)
+            self._limiter.take(f"transfers of {of_address(trace.address)}", _TRANSFERS)
         match request.method, *parts:
             case _, "cas", *rest:
                 return await cas.handle(self.hub, request, tuple(rest), base)
@@ -159,9 +159,9 @@ class App:
         try:
             identity = await identify(self.hub, request)
         except HttpError:
-            self._limiter.take(f"address {trace.address}")
+            self._limiter.take(f"address {of_address(trace.address)}")
             raise
-        self._limiter.take(f"user {identity.user}" if identity is not None else f"address {trace.address}")
+        self._limiter.take(f"user {identity.user}" if identity is not None else f"address {of_address(trace.address)}")
         call = Call(self.hub, request, identity)
         if parts[0] == "api":
             return await _api(call, parts[1:])

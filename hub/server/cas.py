@@ -19,7 +19,7 @@ from starlette.responses import Response
 from surgery.errors import InputError, IntegrityError
 from surgery.hub.interfaces import ContentMissingError
 from surgery.hub.naming import MAIN, RepositoryName
-from surgery.hub.server.checking import check_room
+from surgery.hub.server.checking import check_room, check_size
 from surgery.hub.server.hub import Call, Hub
 from surgery.hub.server.interfaces import READ, WRITE
 from surgery.hub.server.placing import Finder, keep_xorb, placement_of
@@ -169,10 +169,18 @@ def _refused(hub: Hub) -> Iterator[None]:
 async def _take_shard(hub: Hub, request: Request, grant: Grant) -> Response:
     data = await whole_body(request, MAX_SHARD)
     with _refused(hub):
-        async with hub.parsing:
-            note = hub.metadata.keep_tensor_hashes
-            await run_in_threadpool(register, hub.content, hub.index, data, grant.visible, grant.holders, note)
+        async with hub.registering:
+            await run_in_threadpool(_register, hub, grant, data)
     return json_response({"result": 1})
+
+
+def _register(hub: Hub, grant: Grant, data: bytes) -> None:
+    def check(sha256: str, size: int) -> None:
+        # What cannot be committed is not put together for it.
+        check_size(hub, sha256, size)
+        check_room(hub, grant.name.namespace, {sha256: size})
+
+    register(hub.content, hub.index, data, grant.visible, grant.holders, hub.metadata.keep_tensor_hashes, check)
 
 
 # Going out ------------------------------------------------------------------------------------------------------------
@@ -206,6 +214,8 @@ def _told(hub: Hub, holders: Collection[str], chunk: bytes) -> bytes | None:
         if all(touched):
             hub.index.touch_xorb(xorb)
             found.append(placed.index)
+    if not found:
+        return None
     now = int(time.time())
     return write_xorbs(found, now, now + _TOLD_FOR)
 

@@ -172,7 +172,12 @@ class ChunkTables(Database):
             return db.execute(query, (sha256, *holders)).fetchone() is not None
 
     def add_file(
-        self, recipe: Recipe, xorbs: Collection[bytes], holders: Collection[str], chunks: Collection[bytes]
+        self,
+        recipe: Recipe,
+        xorbs: Collection[bytes],
+        whole: Collection[bytes],
+        holders: Collection[str],
+        chunks: Collection[bytes],
     ) -> None:
         now = time.time()
         with self._change() as db:
@@ -183,7 +188,7 @@ class ChunkTables(Database):
             for holder in sorted(holders):
                 content = (recipe.sha256, holder)
                 db.execute("INSERT OR IGNORE INTO content_holders (sha256, holder) VALUES (?, ?)", content)
-                held = [(xorb, holder) for xorb in xorbs]
+                held = [(xorb, holder) for xorb in whole]
                 db.executemany("INSERT OR IGNORE INTO xorb_holders (xorb, holder) VALUES (?, ?)", held)
                 rows = [(chunk, holder, recipe.sha256) for chunk in chunks]
                 db.executemany("INSERT OR REPLACE INTO chunks (chunk, holder, sha256) VALUES (?, ?, ?)", rows)

@@ -22,8 +22,8 @@ async def duplicate(call: Call) -> Response:
         source = call.revision(MAIN, files=True)
         target = {**body, "name": text_of(body.get("repository"), "repository"), "type": source.repository.kind}
         private = source.repository.private
-        space = text_of(body.get("repository"), "repository").rpartition("/")[0] or call.user().user
-        check_room(call.hub, space, {entry.sha256: entry.size for entry in source.files})
+        _, wanted = parsed_target(call, target)
+        check_room(call.hub, wanted.namespace, {entry.sha256: entry.size for entry in source.files})
         described, name = make(call, target, private)
         call.note(action="duplicate", target=str(name))
         head = call.hub.registry.head(name, MAIN, call.kind)

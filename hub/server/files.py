@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from urllib.parse import parse_qs
 
@@ -145,16 +145,17 @@ def _paths(items: Iterable[FileEntry | str]) -> list[str]:
     return [item if isinstance(item, str) else item.path for item in items]
 
 
-def _described(call: Call, found: Revision, item: FileEntry | str, last: dict[str, Commit]) -> dict[str, object]:
+def _described(call: Call, ids: Mapping[str, str], item: FileEntry | str, last: dict[str, Commit]) -> dict[str, object]:
     if isinstance(item, FileEntry):
         return describing.file(item, call.hub.content, last.get(item.path))
-    return describing.folder(item, _folder_id(found.files, item), last.get(item))
+    return describing.folder(item, ids[item], last.get(item))
 
 
 def _described_all(
     call: Call, found: Revision, items: Sequence[FileEntry | str], last: dict[str, Commit], expand: bool
 ) -> list[dict[str, object]]:
-    described = [_described(call, found, item, last) for item in items]
+    ids = _folder_ids(found.files, {item for item in items if isinstance(item, str)})
+    described = [_described(call, ids, item, last) for item in items]
     if expand and call.hub.policy.pickle != ALLOW:
         pickles = scan_all(call.hub, [item for item in items if isinstance(item, FileEntry)])
         for item in described:
@@ -163,13 +164,21 @@ def _described_all(
     return described
 
 
-def _folder_id(files: Iterable[FileEntry], path: str) -> str:
-    """40 hex digits that change with what is in a folder."""
-    hasher = hashlib.sha256()
-    for entry in files:
-        if entry.path.startswith(f"{path}/"):
-            hasher.update(f"{entry.path}\0{entry.oid}\n".encode())
-    return hasher.hexdigest()[:40]
+def _folder_ids(files: Iterable[FileEntry], folders: Collection[str]) -> dict[str, str]:
+    """Of each of these folders 40 hex digits that change with what is in it."""
+    hashers = {folder: hashlib.sha256() for folder in folders}
+    for entry in files if hashers else ():
+        line = f"{entry.path}\0{entry.oid}\n".encode()
+        for folder in _above(entry.path):
+            if (hasher := hashers.get(folder)) is not None:
+                hasher.update(line)
+    return {folder: hasher.hexdigest()[:40] for folder, hasher in hashers.items()}
+
+
+def _above(path: str) -> Iterator[str]:
+    """The folders that a file is in."""
+    names = path.split("/")
+    return ("/".join(names[:depth]) for depth in range(1, len(names)))
 
 
 def last_commits(call: Call, found: Revision, paths: Iterable[str], most: int | None = None) -> dict[str, Commit]:
@@ -218,7 +227,7 @@ async def paths_info(call: Call) -> Response:
     def describe() -> list[dict[str, object]]:
         found = call.revision(revision)
         known = {entry.path: entry for entry in found.files}
-        folders = {path for path in paths if any(name.startswith(f"{path}/") for name in known)}
+        folders = {folder for name in known for folder in _above(name)}
         items: list[FileEntry | str] = [
             known.get(path, path) for path in dict.fromkeys(paths) if path in known or path in folders
         ]

@@ -19,7 +19,7 @@ from surgery.hub.server.interfaces import ACCEPTED, ADMIN, PENDING, READ, Accoun
 from surgery.hub.server.policy import Policy
 from surgery.hub.server.signing import Signer
 from surgery.hub.server.tracing import trace_of
-from surgery.hub.server.web import HttpError
+from surgery.hub.server.web import HttpError, unquoted
 from surgery.hub.store import Registry, Revision
 
 # How often a repository may be moved until its first name leads nowhere.
@@ -36,7 +36,9 @@ class Hub:
         url: the address under which clients reach it; None to take what each request says.
         audit: what was changed and by whom.
         policy: what it takes in.
-        parsing: held while a piece of a commit or a shard is taken apart, which takes memory; for a few at a time.
+        parsing: held while a piece of a commit is taken apart, which takes memory; for a few at a time.
+        registering: likewise while a shard is, and its files are put together. That takes minutes for a large one, and
+            commits do not wait for it.
     """
 
     registry: Registry
@@ -48,6 +50,7 @@ class Hub:
     url: str | None = None
     policy: Policy = field(default_factory=Policy)
     parsing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_PARSED_AT_ONCE))
+    registering: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_PARSED_AT_ONCE))
 
     @cached_property
     def completer(self) -> Completer:
@@ -138,10 +141,23 @@ class Call:
             target = self.hub.accounts.moved(self.kind, target)
         if found is None or not self.may_read(found):
             return self.no_repository()
-        path = self.request.scope["raw_path"].decode("latin-1").partition("?")[0]
+        sentence = f"It is called {target} now."
+        if (path := self._renamed(str(name), str(target))) is None:
+            return HttpError(404, sentence, "RepoNotFound")
         query = self.request.url.query
-        location = path.replace(f"/{self.name}", f"/{target}", 1) + (f"?{query}" if query else "")
-        return HttpError(307, f"It is called {target} now.", headers={"Location": location})
+        return HttpError(307, sentence, headers={"Location": path + (f"?{query}" if query else "")})
+
+    def _renamed(self, old: str, new: str) -> str | None:
+        """The path of this request with another name in it; None where the name came in the body."""
+        parts = self.request.scope["raw_path"].decode("latin-1").partition("?")[0].split("/")
+        count = old.count("/") + 1
+        if parts[1:2] == ["api"] and parts[2:3] not in (["models"], ["datasets"]):
+            return None
+        for begin in range(3 if parts[1:2] == ["api"] else 1, len(parts) - count + 1):
+            found = unquoted("/".join(parts[begin : begin + count]))
+            if found in (old, f"{old}.git"):
+                return "/".join([*parts[:begin], new + found[len(old) :], *parts[begin + count :]])
+        return None
 
     def writable(self) -> Repository:
         """The repository, if this person may write to it."""

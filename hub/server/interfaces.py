@@ -285,9 +285,18 @@ class ChunkIndex(Protocol):
     def holds_content(self, sha256: str, holders: Collection[str]) -> bool: ...
 
     def add_file(
-        self, recipe: Recipe, xorbs: Collection[bytes], holders: Collection[str], chunks: Collection[bytes]
+        self,
+        recipe: Recipe,
+        xorbs: Collection[bytes],
+        whole: Collection[bytes],
+        holders: Collection[str],
+        chunks: Collection[bytes],
     ) -> None:
-        """Record a file that came in as chunks, the xorbs that the client named, and under which chunks it is found."""
+        """Record a file that came in as chunks, the xorbs that the client named, and under which chunks it is found.
+
+        Its holders have those xorbs from now on of which it has every chunk (`whole`). What else lies in the others
+        was not sent for them.
+        """
         ...
 
     def file(self, digest: bytes) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import time
 from collections import OrderedDict
@@ -11,6 +12,20 @@ from surgery.hub.server.web import HttpError
 
 _WINDOW = 60
 _MOST_BUCKETS = 20_000
+_IPV6_NETWORK = 64
+
+
+def of_address(address: str) -> str:
+    """Under what somebody at an address is counted: of IPv6 the network, since everybody has countless addresses."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(found, ipaddress.IPv4Address):
+        return address
+    if found.ipv4_mapped is not None:
+        return str(found.ipv4_mapped)
+    return str(ipaddress.ip_network((int(found), _IPV6_NETWORK), strict=False))
 
 
 class Limiter:

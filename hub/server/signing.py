@@ -19,7 +19,8 @@ from surgery.errors import FormatError
 TOKEN_LIFE = 3600
 ADDRESS_LIFE = 3600
 _KEY_BYTES = 32
-_LONGEST = 4096
+# A token names the namespaces of its user, who may be in hundreds; a request's headers may have 64 KiB.
+_LONGEST = 48 << 10
 
 
 def load_key(path: Path) -> bytes:

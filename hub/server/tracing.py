@@ -49,10 +49,15 @@ class Trace:
         """Whether the request asks for a change, done or refused; bringing in content that nothing names is none."""
         if self.method in ("GET", "HEAD", "OPTIONS"):
             return False
+        if "action" in self.notes:
+            return True
+        # Whole addresses, for a branch may be called by any of these words.
         parts = self.path.strip("/").split("/")
-        asks = parts[0] in ("cas", "lfs") or parts[-1] == "validate-yaml"
-        named = len(parts) > 3 and parts[0] == "api" and not {"preupload", "paths-info"}.isdisjoint(parts[3:5])
-        return not asks and not named and parts[-2:] != ["objects", "batch"] and parts[-2:] != ["lfs", "verify"]
+        if parts[0] in ("cas", "lfs") or parts == ["api", "validate-yaml"]:
+            return False
+        if parts[0] == "api":
+            return all(parts[place:-1] not in (["preupload"], ["paths-info"]) for place in (3, 4))
+        return parts[-3:] != ["lfs", "objects", "batch"] and parts[-3:] != ["info", "lfs", "verify"]
 
 
 def trace_of(request: Request) -> Trace:

@@ -120,6 +120,10 @@ def text_of(value: object, what: str, default: str | None = None) -> str:
         return default
     if not isinstance(value, str):
         raise HttpError(400, f"{what} has to be a text.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can write half of a character, which no database takes
+        raise HttpError(400, f"{what} has to be a text that is Unicode.") from None
     return value
 
 

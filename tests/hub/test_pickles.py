@@ -7,6 +7,7 @@ import os
 import pickle
 import pickletools
 import random
+import struct
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -145,6 +146,32 @@ def test_what_is_no_pickle() -> None:
     assert is_called_so("a/b.ckpt")
     assert not is_called_so("model.bin")
     assert not sniff("model.bin", rng.randbytes(512))
+
+
+# What comes before the harm, means nothing, and runs.
+BEFORE = {
+    "a long text": b"X" + struct.pack("<I", 1000) + b"a" * 1000 + b"0",
+    "a long line": b"S'" + b"a" * 600 + b"'\n0",
+    "many opcodes": b"N0" * 300,
+    "a number in hex": b"I0x10\n0",
+    "a long number in hex": b"L0x10L\n0",
+    "text that is not ASCII": "S'\u00e9'\n0".encode(),
+    "a text too long to look through": b"X" + struct.pack("<I", 17 << 20) + b"a" * (17 << 20) + b"0",
+    "more opcodes than are looked through": b"N0" * 300_000,
+}
+
+
+@pytest.mark.parametrize("what", BEFORE)
+@pytest.mark.parametrize("head", [b"", b"\x80\x02"])
+def test_what_comes_first_hides_nothing(what: str, head: bytes) -> None:
+    harmless, data = head + BEFORE[what] + b"N.", head + BEFORE[what] + HARM
+    assert pickle.loads(harmless, encoding="utf-8") is None
+    assert found(data) == (SUSPICIOUS if "look" in what else UNSAFE)
+
+
+def test_what_only_seems_to_be_long() -> None:
+    for data in (b"X" * 100_000, b"X\xff\xff\xff\x7f" + b"a" * 5000, b"S" + b"a" * 5000, b"\x80\x02X" + b"a" * 5000):
+        assert found(data) is None
 
 
 @given(st.binary(max_size=300), st.sampled_from([b"", b"\x80\x02", b"\x80\x04", b"PK\x03\x04", b"\x93NUMPY", b"cos\n"]))

@@ -68,6 +68,11 @@ BODIES = {
         400,
     ),
     "no content": (b'{"key": "header", "value": {"summary": "x"}}\n{"key": "file", "value": {"path": "x"}}\n', 400),
+    "half a character": (b'{"key": "header", "value": {"summary": "\\ud800"}}\n', 400),
+    "half a character in a path": (
+        b'{"key": "header", "value": {"summary": "x"}}\n{"key": "deletedFile", "value": {"path": "\\ud800"}}\n',
+        400,
+    ),
     "long message": (json.dumps({"key": "header", "value": {"summary": "x" * 100_000}}).encode(), 413),
     "long line": (b'{"key": "header", "value": {"summary": "x"}}\n' + b" " * (15 << 20), 413),
     "no hash": (
@@ -142,6 +147,7 @@ ODD_BODIES = [
     b'{"title": "x", "pullRequest": "maybe", "comment": {}, "status": "merged", "user": "\\u0000"}',
     b'{"gated": [1], "deletions": {"sha": ["x"], "rewriteHistory": true}, "parts": [{}]}',
     b'{"operation": "download", "objects": [{}]}',
+    b'{"title": "x\\ud800", "comment": "\\ud800", "message": "\\ud800", "user": "\\ud800", "name": "\\ud800"}',
     b'{"operation": "upload", "transfers": 5, "objects": [], "ref": {"name": []}, "files": [{"path": "x"}]}',
 ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import pickle
@@ -17,12 +18,13 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]  # not exported, and there
 
 from surgery.errors import OptionError
-from surgery.hub.server.limiting import Limiter
+from surgery.hub.server.limiting import Limiter, of_address
 from surgery.hub.server.policy import Policy
 from surgery.hub.server.web import HttpError
 from tests.hub.server.serving import Server, serving
 from tests.hub.server.test_protocol import put, status
-from tests.hub.server.test_safety import lfs_address
+from tests.hub.server.test_safety import Xet, lfs_address
+from tests.hub.xet_tools import Described, xorb
 
 
 class Runs:
@@ -143,8 +145,22 @@ def test_quotas(strict: Server) -> None:
     # Another namespace has its own.
     assert lfs_address(strict, "ada", "ada/hiding", sha256, 6_000) is not None
     put(api, "lab/first", {"c.txt": noise(4_000, 4)})
+    # Nor does a copy get past it, however its name is written.
+    api.create_repo("source")
+    put(api, "ada/source", {"s.txt": noise(20_000, 6)})
+    for target in ({"repository": "lab/copy"}, {"repository": "copy", "organization": "lab"}):
+        answer = httpx2.post(f"{strict.url}/api/models/ada/source/duplicate", json=target, headers=headers)
+        assert (answer.status_code, "lab may keep" in answer.json()["error"]) == (403, True)
     api.delete_repo("lab/second")
     put(api, "lab/first", {"d.txt": noise(30_000, 5)})
+
+
+def test_whom_an_address_is() -> None:
+    assert of_address("192.0.2.7") == of_address("::ffff:192.0.2.7") == "192.0.2.7"
+    assert of_address("2001:db8:1:2::1") == of_address("2001:db8:1:2:ffff::9") == "2001:db8:1:2::/64"
+    assert of_address("2001:db8:1:3::1") == "2001:db8:1:3::/64"
+    assert of_address("fe80::1%eth0") == of_address("fe80::2%eth0")
+    assert of_address("") == ""
 
 
 def test_large_files(strict: Server) -> None:
@@ -153,6 +169,23 @@ def test_large_files(strict: Server) -> None:
     with pytest.raises(HfHubHTTPError, match=r"x\.txt has 70000 bytes; a file may have 60000 bytes") as error:
         put(api, "bob/large", {"x.txt": noise(70_000, 1)})
     assert status(error.value) == 413
+
+
+def test_large_files_made_of_few_chunks(strict: Server) -> None:
+    """A shard may name the same chunks again and again: what may not be kept is not put together either."""
+    strict.api().create_repo("repeated")
+    xet, chunks = Xet(strict, "ada", "ada/repeated"), [noise(5_000, 1)]
+    assert xet.xorb(chunks).status_code == 200
+    digest = xorb(chunks)[0]
+    data = chunks[0] * 13
+    file = Described([(digest, chunks, 0, 1)] * 13, hashlib.sha256(data).hexdigest())
+    answer = xet.shard(file)
+    assert (answer.status_code, "a file may have 60000 bytes" in answer.json()["error"]) == (413, True)
+    put(strict.api(), "ada/repeated", {"a.txt": noise(56_000, 2)})
+    half = Described(file.terms[:10], hashlib.sha256(data[:50_000]).hexdigest())
+    answer = xet.shard(half)
+    assert (answer.status_code, "ada may keep 100000 bytes" in answer.json()["error"]) == (403, True)
+    assert xet.shard(Described(file.terms[:2], hashlib.sha256(data[:10_000]).hexdigest())).status_code == 200
 
 
 def test_limits_that_make_no_sense() -> None:

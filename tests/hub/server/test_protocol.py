@@ -230,6 +230,27 @@ def test_an_old_name_can_be_written_to(api: HfApi) -> None:
     assert api.list_repo_files("lab/after", revision="side") == ["a.txt"]
 
 
+def test_where_an_old_name_leads(api: HfApi, server: Server) -> None:
+    api.create_repo("earlier")
+    api.move_repo("ada/earlier", "lab/later")
+    headers = {"Authorization": f"Bearer {server.tokens['ada']}"}
+    for path, there in (
+        ("api/models/ada/e%61rlier/tree/main?x=1", "/api/models/lab/later/tree/main?x=1"),
+        ("ada/earlier/resolve/main/a/ada/earlier", "/lab/later/resolve/main/a/ada/earlier"),
+    ):
+        found = httpx2.get(f"{server.url}/{path}", headers=headers)
+        assert (found.status_code, found.headers["location"]) == (307, there)
+    url = f"{server.url}/ada/earlier.git/info/lfs/objects/batch"
+    found = httpx2.post(url, json={"operation": "download", "objects": []}, headers=headers)
+    assert (found.status_code, found.headers["location"]) == (307, "/lab/later.git/info/lfs/objects/batch")
+    # A name in a body cannot be redirected: a client would ask the same again and again.
+    with pytest.raises(RepositoryNotFoundError, match="It is called lab/later now"):
+        api.delete_repo("ada/earlier")
+    with pytest.raises(RepositoryNotFoundError, match="It is called lab/later now"):
+        api.move_repo("ada/earlier", "ada/latest")
+    assert api.repo_exists("lab/later")
+
+
 def test_what_an_organisation_makes_may_be_private_by_default(api: HfApi, server: Server) -> None:
     add_organisation(server.data, "closed", ("ada",), private_by_default=True)
     api.create_repo("closed/x")

@@ -76,6 +76,31 @@ def test_what_is_recorded(logged: Server) -> None:
     assert (logged.data / FILE).stat().st_mode & 0o777 == 0o600
 
 
+def test_no_name_of_a_branch_keeps_a_change_out(logged: Server) -> None:
+    """Some requests are sent by POST and change nothing; a branch may be called like these."""
+    logged.api("bob").create_repo("words")
+    headers = {"Authorization": f"Bearer {logged.tokens['bob']}"}
+    url = f"{logged.url}/api/models/bob/words"
+    names = ["validate-yaml", "objects/batch", "lfs/objects/batch", "info/lfs/verify", "preupload/x", "paths-info"]
+    before = len(audit(logged))
+    for number, name in enumerate(names, 1):
+        assert httpx2.post(f"{url}/branch/{name}", json={}, headers=headers).status_code == 200
+        assert audit(logged)[before:][-1]["details"]["ref"] == f"refs/heads/{name}"
+        assert len(audit(logged)) == before + number
+    before = len(audit(logged))
+    for name in names:
+        assert httpx2.post(f"{url}/super-squash/{name}", json={"message": name}, headers=headers).status_code == 200
+    assert [entry["action"] for entry in audit(logged)[before:]] == ["squash"] * len(names)
+    before = len(audit(logged))
+    assert httpx2.post(f"{url}/preupload/main", json={"files": []}, headers=headers).status_code == 200
+    assert httpx2.post(f"{url}/paths-info/main", headers=headers).status_code == 200
+    assert httpx2.post(f"{logged.url}/api/validate-yaml", json={"content": ""}, headers=headers).status_code == 200
+    batch = {"operation": "download", "objects": []}
+    answer = httpx2.post(f"{logged.url}/bob/words.git/info/lfs/objects/batch", json=batch, headers=headers)
+    assert answer.status_code == 200
+    assert len(audit(logged)) == before
+
+
 def test_what_is_logged(logged: Server) -> None:
     headers = {"Authorization": f"Bearer {logged.tokens['ada']}"}
     answer = httpx2.get(f"{logged.url}/api/whoami-v2?x=1", headers=headers)

@@ -7,6 +7,7 @@ import json
 import random
 import socket
 import sqlite3
+import struct
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgery.hub.content import LocalContent
+from surgery.hub.server.run import add_organisation
 from surgery.hub.server.signing import Signer, load_key
 from surgery.hub.xet import hashes
 from tests.hub.server.serving import ADMIN, Server
@@ -183,6 +185,27 @@ def lfs_address(server: Server, user: str, name: str, sha256: str, size: int) ->
     return href
 
 
+def test_a_small_shard_of_huge_files(server: Server, content: LocalContent) -> None:
+    """The same chunks again and again: nothing is set aside for them, and nothing is put together."""
+    xet, chunks = Xet(server, "ada", "ada/open"), [bytes([number % 256, number // 256]) for number in range(8192)]
+    xet.xorb(chunks)
+    digest, sizes = xorb(chunks)[0], len(b"".join(chunks))
+    terms = [(digest, chunks, 0, 8192)] * 1025
+    proof = hashes.range_hash(hashes.chunk_hash(data) for data in chunks)
+    file = Described([], "0" * 64, b"x" * 32)
+    data = bytearray(shard([file]))
+    # A file of many terms, written by hand: its chunks are not to be hashed here either.
+    head = 48
+    data[head + 36 : head + 40] = len(terms).to_bytes(4, "little")
+    entry = digest + struct.pack("<4I", 0, sizes, 0, 8192)
+    data[head + 48 : head + 48] = entry * len(terms) + (proof + bytes(16)) * len(terms)
+    began = time.monotonic()
+    answer = xet.post("shards", bytes(data))
+    assert answer.status_code == 400
+    assert "more than 8388608" in answer.json()["error"]
+    assert time.monotonic() - began < 5
+
+
 # Other people's content -----------------------------------------------------------------------------------------------
 
 
@@ -219,6 +242,44 @@ def test_nobody_gets_at_private_content_by_its_hash(server: Server, content: Loc
     assert bob.xorb(chunks).json() == {"was_inserted": True}
     assert bob.shard(file).status_code == 200
     assert commit(server, "bob", "bob/own", lfs_file(sha256)).status_code == 200
+
+
+def test_naming_a_xorb_for_one_file_gives_nobody_the_others_in_it(server: Server) -> None:
+    """A client packs several files into one xorb; one of them then goes to a namespace with other members."""
+    ada_api, bob_api = server.api("ada"), server.api("bob")
+    ada_api.create_repo("behind")
+    ada_api.update_repo_settings("ada/behind", gated="manual")
+    add_organisation(server.data, "club", ("ada", "bob"), private_by_default=False)
+    ada_api.create_repo("club/shared")
+    bob_api.create_repo("taken")
+    chunks = [*made(21, 12), *made(22, 12)]
+    digest = xorb(chunks)[0]
+    secret, shared = (
+        Described([(digest, chunks, begin, end)], hashlib.sha256(b"".join(chunks[begin:end])).hexdigest())
+        for begin, end in ((0, 12), (12, 24))
+    )
+    assert secret.sha256 is not None
+    assert shared.sha256 is not None
+    ada = Xet(server, "ada", "ada/behind")
+    ada.xorb(chunks)
+    assert ada.shard(secret, shared).status_code == 200
+    assert commit(server, "ada", "ada/behind", lfs_file(secret.sha256)).status_code == 200
+    # She has them all, and need not send them again; the club has the one file, and none of its neighbours.
+    assert Xet(server, "ada", "club/shared").shard(shared).status_code == 200
+    assert commit(server, "ada", "club/shared", lfs_file(shared.sha256)).status_code == 200
+    first = hashes.text(hashes.chunk_hash(chunks[12]))
+    assert Xet(server, "bob", "club/shared").get(f"chunks/default/{first}").status_code == 404
+    for name in ("club/shared", "bob/taken"):
+        assert "was not uploaded" in Xet(server, "bob", name).shard(secret).json()["error"]
+        assert "was not uploaded" in commit(server, "bob", name, lfs_file(secret.sha256)).json()["error"]
+    assert commit(server, "bob", "bob/taken", lfs_file(shared.sha256)).status_code == 200
+    # A xorb with nothing else in it is the club's.
+    alone = made(23, 12)
+    ada.xorb(alone)
+    assert ada.shard(described(alone)).status_code == 200
+    assert Xet(server, "ada", "club/shared").shard(described(alone)).status_code == 200
+    first = hashes.text(hashes.chunk_hash(alone[0]))
+    assert hashes.chunk_hash(alone[3]) in Xet(server, "bob", "club/shared").get(f"chunks/default/{first}").content
 
 
 def test_the_same_answer_for_private_and_missing(server: Server, content: LocalContent) -> None:
@@ -300,6 +361,13 @@ def test_xet_tokens_and_addresses(server: Server, content: LocalContent) -> None
     for token in (old, "x.y", reader.headers["Authorization"][7:] + "A", server.tokens["ada"], "?"):
         answer = httpx2.post(f"{server.url}/cas/v1/shards", headers={"Authorization": f"Bearer {token}"})
         assert answer.status_code == 401
+
+
+def test_a_user_of_many_organisations() -> None:
+    signer = Signer(b"k" * 32)
+    spaces = [f"organisation-with-a-long-name-{number:04}" for number in range(400)]
+    token = signer.token("xet", {"h": spaces[:1], "v": spaces}, 100)
+    assert signer.claims("xet", token, 99) == {"h": spaces[:1], "v": spaces, "exp": 100}
 
 
 @given(st.text(max_size=50), st.dictionaries(st.text(), st.integers() | st.text()))
