@@ -92,6 +92,7 @@ def serve(options: ServeOptions, ready: Callable[[Started], None]) -> None:
     from surgery.hub.server import logs
     from surgery.hub.server.app import App
     from surgery.hub.server.audit import Audit
+    from surgery.hub.server.connections import Connection
     from surgery.hub.server.hub import Hub
 
     if options.url is not None and not re.fullmatch(r"https?://[^\s/]+", options.url.rstrip("/")):
@@ -117,7 +118,7 @@ def serve(options: ServeOptions, ready: Callable[[Started], None]) -> None:
         logs.configure(options.log)
         config = uvicorn.Config(
             app,
-            http="h11",  # with a limit on headers, which httptools has not
+            http=Connection,  # h11's, with a limit on headers, which httptools has not
             h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
             limit_concurrency=_MOST_AT_ONCE,
             access_log=False,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from upcycling_drop import EXPERTS, ROUTINGS, SPARSE, draw, mean_drop, measure_vit
 
-SEEDS = range(3)
+SEEDS = range(2)
 
 
 @pytest.mark.slow
