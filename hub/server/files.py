@@ -22,6 +22,8 @@ from surgery.hub.xet import hashes
 
 _CARD = "README.md"
 _MAX_FORM = 4 << 20
+# How far back the commit that changed a file is looked for. Each step reads a whole tree.
+_MOST_COMMITS = 200
 _TEXT = (".md", ".txt", ".json", ".jsonl", ".yaml", ".yml", ".py", ".csv")
 
 
@@ -181,15 +183,15 @@ def _above(path: str) -> Iterator[str]:
     return ("/".join(names[:depth]) for depth in range(1, len(names)))
 
 
-def last_commits(call: Call, found: Revision, paths: Iterable[str], most: int | None = None) -> dict[str, Commit]:
-    """The commit that last changed each file or folder; of those that none of the latest `most` changed, nothing."""
+def last_commits(call: Call, found: Revision, paths: Iterable[str]) -> dict[str, Commit]:
+    """The commit that last changed each file or folder; of those that none of the latest ones changed, nothing."""
     waiting = set(paths)
     last: dict[str, Commit] = {}
     if not waiting:
         return last
     history = call.hub.metadata.history(found.repository.name, found.commit.id, found.repository.kind)
     now, files = next(history), _contents(found.files)
-    for before in islice(history, most):
+    for before in islice(history, _MOST_COMMITS):
         older = _contents(call.hub.metadata.files(before.tree))
         for path in _changed(files, older) & waiting:
             last[path] = now

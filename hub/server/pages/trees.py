@@ -23,8 +23,6 @@ from surgery.source import Source, read_bytes
 # Bytes of a text that are shown.
 MAX_TEXT = 256 << 10
 _MOST_FILES = 500
-# How far back the commit that changed a file is looked for.
-_MOST_COMMITS = 200
 _IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 _MAX_IMAGE = 20 << 20
 _NO_TEXT = "This file is not text, and is not shown here."
@@ -73,7 +71,7 @@ def tree(visit: Visit) -> Response:
     listed.sort(key=lambda item: (isinstance(item, FileEntry), item if isinstance(item, str) else item.path))
     shown = listed[begin : begin + _MOST_FILES]
     names = [item if isinstance(item, str) else item.path for item in shown]
-    last = last_commits(visit.call, found, names, _MOST_COMMITS)
+    last = last_commits(visit.call, found, names)
     rows = [
         {"path": name, "name": name.rpartition("/")[2], "entry": None if isinstance(item, str) else item,
          "last": last.get(name)}
@@ -102,7 +100,7 @@ def blob(visit: Visit) -> Response:
         "path": path,
         "steps": _steps(path),
         "entry": entry,
-        "last": last_commits(visit.call, found, [path], _MOST_COMMITS).get(path),
+        "last": last_commits(visit.call, found, [path]).get(path),
         "view": _view(visit, entry),
     }
     return html("blob.html", values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile, RepoFolder
 
 import surgery
+from surgery.hub.naming import RepositoryName
 from surgery.hub.server.run import add_organisation
+from surgery.hub.store import open_registry
 from tests.hub.server.serving import Server
 
 
@@ -108,6 +111,29 @@ def test_files_and_folders(api: HfApi, tmp_path: Path) -> None:
         api.hf_hub_download("ada/files", "b.txt")
     with pytest.raises(RevisionNotFoundError):
         api.hf_hub_download("ada/files", "a.txt", revision="nowhere")
+
+
+def test_how_far_back_the_last_change_is_looked_for(api: HfApi, server: Server) -> None:
+    """A history of any length costs no more than 200 commits; beyond that nothing is said, as clients allow."""
+    api.create_repo("long")
+    first = put(api, "ada/long", {"old/a.txt": b"a", "b.txt": b"b"})
+    name = RepositoryName("ada", "long")
+    with open_registry(server.data) as registry:
+        head = registry.head(name, "main")
+        assert head is not None
+        newest = head.commit
+        for number in range(200):
+            added = [replace(head.files[0], path=f"c-{number}.txt")]
+            newest = registry.commit(name, "main", newest.id, [*head.files, *added], f"{number}", {})
+            if number == 198:
+                (found,) = api.get_paths_info("ada/long", "old", expand=True)
+                assert found.last_commit is not None
+                assert found.last_commit.oid == first
+    listed = {item.path: item.last_commit for item in api.list_repo_tree("ada/long", recursive=True, expand=True)}
+    known = {path: None if commit is None else commit.oid for path, commit in listed.items()}
+    assert known == {"old": None, "old/a.txt": None, "b.txt": None, "c-199.txt": newest.id}
+    (found,) = api.get_paths_info("ada/long", "old", expand=True)
+    assert found.last_commit is None
 
 
 def test_commits(api: HfApi) -> None:
