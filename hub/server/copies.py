@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
+from surgery.hub.interfaces import Repository
 from surgery.hub.naming import MAIN
+from surgery.hub.server.access import parsed_gate
 from surgery.hub.server.checking import check_room
 from surgery.hub.server.hub import Call
 from surgery.hub.server.repos import make, parsed_target
@@ -15,19 +20,25 @@ _MAX_FILES = 10_000
 
 
 async def duplicate(call: Call) -> Response:
-    """`POST /api/models/{id}/duplicate`: the newest files of `main` under another name, without the history."""
+    """`POST /api/models/{id}/duplicate`: the newest files of `main` under another name, without the history.
+
+    The copy is private, or gated, where the source is.
+    """
     body = await json_body(call.request)
 
     def copy() -> dict[str, object]:
         source = call.revision(MAIN, files=True)
         target = {**body, "name": text_of(body.get("repository"), "repository"), "type": source.repository.kind}
-        private = source.repository.private
+        private, gate = source.repository.private, _gate(call, source.repository, body)
         _, wanted = parsed_target(call, target)
         check_room(call.hub, wanted.namespace, {entry.sha256: entry.size for entry in source.files})
         described, name = make(call, target, private)
         call.note(action="duplicate", target=str(name))
         head = call.hub.registry.head(name, MAIN, call.kind)
         assert head is not None
+        # The gate stands before there is anything behind it.
+        if gate is not None:
+            call.hub.community.set_gate(head.repository, gate)
         message = f"Duplicate of {source.repository.name} at {source.commit.id}"
         call.hub.registry.commit(
             name, MAIN, head.commit.id, source.files, message, source.commit.facts, source.repository.kind
@@ -35,6 +46,14 @@ async def duplicate(call: Call) -> Response:
         return described
 
     return json_response(await run_in_threadpool(copy))
+
+
+def _gate(call: Call, source: Repository, body: Mapping[str, Any]) -> str | None:
+    """The gate of a copy: that of the source, unless somebody who may write to the source says otherwise."""
+    found = call.hub.community.gate(source)
+    asked = parsed_gate(body.get("gated"))
+    free = found is None or call.user().may_write(source.name)
+    return asked if free and "gated" in body else found
 
 
 async def copy_files(call: Call) -> Response:

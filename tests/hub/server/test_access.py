@@ -142,6 +142,31 @@ def test_no_way_around_by_hashes(api: HfApi, server: Server) -> None:
     assert commit(server, "bob", "bob/copy", lfs_file(sha256)).status_code == 200
 
 
+def test_a_copy_has_the_gate_of_its_source(api: HfApi, server: Server, tmp_path: Path) -> None:
+    """Whoever was let in makes no copy for everybody by that alone; the people of the source may say otherwise."""
+    gated(api, "ada/source", "manual")
+    api.grant_access("ada/source", "bob")
+    bob, nobody = server.api("bob"), server.api(None)
+    bob.duplicate_repo("ada/source", "bob/kept")
+    assert nobody.model_info("bob/kept").gated == "manual"
+    assert opens(bob, "bob/kept", tmp_path) == "a"
+    with pytest.raises(GatedRepoError):
+        opens(nobody, "bob/kept", tmp_path)
+    asked: tuple[tuple[str, str, object, object], ...] = (
+        ("bob", "opened", False, "manual"), ("bob", "eased", "auto", "manual"),
+        ("ada", "same", None, False), ("ada", "opened", False, False), ("ada", "eased", "auto", "auto"),
+    )  # fmt: skip
+    for user, name, gate, expected in asked:
+        headers = {"Authorization": f"Bearer {server.tokens[user]}"}
+        body = {"repository": f"{user}/{name}", "gated": gate}
+        answer = httpx2.post(f"{server.url}/api/models/ada/source/duplicate", json=body, headers=headers)
+        assert answer.status_code == 200, answer.text
+        assert nobody.model_info(f"{user}/{name}").gated == expected
+    api.create_repo("ada/open")
+    api.duplicate_repo("ada/open", "ada/open-too")
+    assert nobody.model_info("ada/open-too").gated is False
+
+
 def test_a_private_gate_is_private(api: HfApi, server: Server) -> None:
     gated(api, "ada/both", "auto")
     api.update_repo_settings("ada/both", private=True)
