@@ -144,6 +144,9 @@ class SqliteAccounts(ChunkTables):
         with self._change() as db:
             self._check_user(user)
             row = (_digest(token), user.lower(), role, repository and repository.lower(), label, now, expires)
+            known = db.execute("SELECT user, role, repository FROM tokens WHERE digest = ?", row[:1]).fetchone()
+            if known not in (None, row[1:4]):
+                raise ConflictError("There is another token of this value already; give a value that nobody has.")
             db.execute(
                 "INSERT OR REPLACE INTO tokens (digest, user, role, repository, label, created, expires) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",

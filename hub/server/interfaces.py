@@ -95,7 +95,11 @@ class Accounts(Protocol):
     def add_token(
         self, token: str, user: str, role: str, repository: str | None, label: str, now: int, expires: int | None
     ) -> str:
-        """Raises `InputError` where there is no such user. Returns by what it is called in lists."""
+        """Raises `InputError` where there is no such user. Returns by what it is called in lists.
+
+        A token that there is already is made anew; raises `ConflictError` where it is another user's, or has another
+        role or repository.
+        """
         ...
 
     def tokens(self, user: str | None) -> Sequence[tuple[str, str, str, str | None, str, int, int | None]]:

@@ -59,6 +59,29 @@ def test_from_the_first_user_to_the_last_token(run: Callable[..., Any], server: 
     assert works(server, token) == 401
 
 
+def test_a_token_of_somebody_else_is_not_replaced(
+    run: Callable[..., Any], server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = "There is another token of this value already"
+    monkeypatch.setenv("GIVEN", server.tokens["ada"])
+    for words in (
+        ("--user", "bob", "--role", "write"),
+        ("--user", "ada", "--role", "read"),
+        ("--user", "ada", "--role", "write", "--repo", "ada/x"),
+    ):
+        with pytest.raises(SurgeryError, match=taken):
+            run("token", "create", *words, "--value-from-env", "GIVEN")
+    monkeypatch.setenv("GIVEN", ADMIN)
+    with pytest.raises(SurgeryError, match=taken):
+        run("token", "create", "--user", "bob", "--role", "admin", "--value-from-env", "GIVEN")
+    assert [server.api(user).whoami()["name"] for user in ("ada", "admin")] == ["ada", "admin"]
+    # The same one again has a new time; nothing else changes.
+    monkeypatch.setenv("GIVEN", server.tokens["ada"])
+    again = run("token", "create", "--user", "ADA", "--role", "write", "--expires", "3", "--value-from-env", "GIVEN")
+    assert [entry["expires"] for entry in run("token", "list", "--user", "ada")["tokens"]].count(again["expires"]) == 1
+    assert server.api("ada").whoami()["name"] == "ada"
+
+
 MISTAKES = [
     (("user", "add", "ADA"), "There is a user called ada already."),
     (("user", "add", "a/b"), "'a/b' is not a name for a user or an organisation: it has a slash."),
