@@ -155,8 +155,10 @@ def _collecting(options: ServeOptions) -> Iterator[None]:
                 report = gc(GcOptions(data=options.data))
             except SurgeryError as error:
                 log.error("gc: %s", error)
+            except Exception:  # whatever it is, it is no reason never to collect again
+                log.exception("gc failed; the next one is in %g hours", every)
             else:
-                log.warning("gc: %d bytes freed", report.freed_bytes)
+                log.info("gc: %d bytes freed", report.freed_bytes)
 
     thread = threading.Thread(target=work, name="gc", daemon=True)
     thread.start()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import httpx2
@@ -17,9 +19,12 @@ from click.testing import CliRunner
 
 from surgery.cli.main import cli
 from surgery.errors import OptionError, SurgeryError
+from surgery.hub.collecting import GcOptions, GcReport, gc
 from surgery.hub.naming import RepositoryName
+from surgery.hub.server import run
 from surgery.hub.server.accounts import SqliteAccounts
 from surgery.hub.server.run import ServeOptions, _listening, create_token, serve
+from surgery.hub.store import open_registry
 from tests.hub.server.serving import ROOT
 
 
@@ -148,6 +153,42 @@ def test_small_answers_do_not_wait_for_acknowledgements(tmp_path: Path, host: st
         if host != "::1":
             raise
         pytest.skip(f"this machine has no IPv6: {error}")
+
+
+def test_collecting_goes_on_after_whatever_goes_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither a sentence nor a fault of the program ends the thread; both are in the log, and what was freed too."""
+    open_registry(tmp_path).close()
+    report = gc(GcOptions(data=tmp_path))
+    outcomes: list[Exception | GcReport] = [SurgeryError("The disk is full."), RuntimeError("a fault"), report]
+    asked: list[Path] = []
+    done = threading.Event()
+
+    def collect(options: GcOptions) -> GcReport:
+        asked.append(options.data)
+        if len(asked) > len(outcomes):
+            done.set()
+            return report
+        outcome = outcomes[len(asked) - 1]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    logger = logging.Logger("collecting")
+    logger.addHandler(caplog.handler)
+    monkeypatch.setattr(run, "log", logger)
+    monkeypatch.setattr(run, "gc", collect)
+    with run._collecting(ServeOptions(data=tmp_path, gc_every=1e-6)):
+        assert done.wait(30)
+    assert set(asked) == {tmp_path}
+    said = [(record.levelname, record.getMessage()) for record in caplog.records][:3]
+    assert said == [
+        ("ERROR", "gc: The disk is full."),
+        ("ERROR", "gc failed; the next one is in 1e-06 hours"),
+        ("INFO", "gc: 0 bytes freed"),
+    ]
+    assert "a fault" in caplog.text
 
 
 @pytest.mark.parametrize("every", [0.0, -1.0, float("nan"), float("inf"), 1e12])
