@@ -40,29 +40,31 @@ def _create_token(of: Administration, body: dict[str, Any]) -> Any:
     return of.create_token(user, role, repository, _days(body.get("days")), given, label)
 
 
-_ACTIONS: dict[tuple[str, str], Callable[[Administration, dict[str, Any]], Any]] = {
-    ("GET", "namespaces"): lambda of, _: of.namespaces(),
-    ("POST", "users"): lambda of, body: of.add_user(text_of(body.get("name"), "name")),
-    ("POST", "organisations"): lambda of, body: of.add_organisation(
+# What the audit log calls a request that is refused, whatever it asks for in particular; and how it is done.
+_ACTIONS: dict[tuple[str, str], tuple[str, Callable[[Administration, dict[str, Any]], Any]]] = {
+    ("GET", "namespaces"): ("user.list", lambda of, _: of.namespaces()),
+    ("POST", "users"): ("user.add", lambda of, body: of.add_user(text_of(body.get("name"), "name"))),
+    ("POST", "organisations"): ("org.add", lambda of, body: of.add_organisation(
         text_of(body.get("name"), "name"), _texts(body.get("members", []), "members"),
         body.get("private_by_default") is True,
-    ),
-    ("POST", "members"): lambda of, body: of.set_member(
+    )),
+    ("POST", "members"): ("org.member", lambda of, body: of.set_member(
         text_of(body.get("organisation"), "organisation"), text_of(body.get("user"), "user"),
         body.get("member") is not False,
-    ),
-    ("POST", "tokens"): _create_token,
-    ("POST", "tokens/list"): lambda of, body: of.tokens(_or_none(body.get("user"), "user")),
-    ("POST", "tokens/revoke"): lambda of, body: of.revoke_token(text_of(body.get("id"), "id")),
+    )),
+    ("POST", "tokens"): ("token.create", _create_token),
+    ("POST", "tokens/list"): ("token.list", lambda of, body: of.tokens(_or_none(body.get("user"), "user"))),
+    ("POST", "tokens/revoke"): ("token.revoke", lambda of, body: of.revoke_token(text_of(body.get("id"), "id"))),
 }  # fmt: skip
 
 
 async def handle(call: Call, parts: tuple[str, ...]) -> Response:
     """A request below `/api/admin`."""
+    name, action = _ACTIONS.get((call.request.method, "/".join(parts)), ("admin", None))
+    call.note(action=name)
     user = call.user()
     if user.role != ADMIN or user.repository is not None:
         raise HttpError(403, "This needs the token of an administrator.")
-    action = _ACTIONS.get((call.request.method, "/".join(parts)))
     if action is None:
         raise HttpError(404, "There is no such address.")
     body = await json_body(call.request, _MAX_BODY) if call.request.method == "POST" else {}

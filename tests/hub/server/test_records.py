@@ -76,6 +76,30 @@ def test_what_is_recorded(logged: Server) -> None:
     assert (logged.data / FILE).stat().st_mode & 0o777 == 0o600
 
 
+def test_what_is_refused_to_an_administrator_or_a_stranger_has_a_name(logged: Server) -> None:
+    def ask(token: str, path: str, body: object) -> int:
+        headers = {"Authorization": f"Bearer {token}"}
+        return httpx2.post(f"{logged.url}/api/admin/{path}", json=body, headers=headers).status_code
+
+    before, bob = len(audit(logged)), logged.tokens["bob"]
+    assert ask(bob, "users", {"name": "mallory"}) == 403
+    assert ask(bob, "tokens", {"user": "bob", "role": "admin"}) == 403
+    assert ask(ADMIN, "users", {"name": "ada"}) == 400
+    assert ask(ADMIN, "users", []) == 400
+    assert ask(ADMIN, "members", {"organisation": "none", "user": "ada"}) == 400
+    assert ask(ADMIN, "members", {"organisation": "lab", "user": "bob"}) == 200
+    assert ask(ADMIN, "tokens/revoke", {"id": "0"}) == 400
+    assert ask(ADMIN, "tokens/list", {}) == 200
+    assert ask(ADMIN, "nothing", {}) == 404
+    assert httpx2.post(f"{logged.url}/api/admin/users", json={"name": "mallory"}).status_code == 401
+    found = [(entry["action"], entry["user"], entry["result"]) for entry in audit(logged)[before:]]
+    assert found == [
+        ("user.add", "bob", 403), ("token.create", "bob", 403), ("user.add", "admin", 400), ("user.add", "admin", 400),
+        ("org.member", "admin", 400), ("org.member.add", "admin", 200), ("token.revoke", "admin", 400),
+        ("token.list", "admin", 200), ("admin", "admin", 404), ("user.add", "", 401),
+    ]  # fmt: skip
+
+
 def test_no_name_of_a_branch_keeps_a_change_out(logged: Server) -> None:
     """Some requests are sent by POST and change nothing; a branch may be called like these."""
     logged.api("bob").create_repo("words")
