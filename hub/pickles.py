@@ -21,6 +21,9 @@ from dataclasses import dataclass
 from surgery.errors import SurgeryError
 from surgery.source import Source
 
+# Of what `look` finds. Whoever keeps verdicts looks again at files whose verdict has another one: raise it with every
+# change that has `look` find more, or say something else.
+LOOK_VERSION = 1
 SAFE, SUSPICIOUS, UNSAFE = "safe", "suspicious", "unsafe"
 # Suffixes that say pickle. `.bin` does not: many things are called so.
 SUFFIXES = (".pkl", ".pickle", ".joblib", ".dill", ".pt", ".pth", ".ckpt")

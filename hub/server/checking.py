@@ -11,7 +11,7 @@ from typing import Any
 
 from surgery.errors import SurgeryError
 from surgery.hub.interfaces import FileEntry, Repository
-from surgery.hub.pickles import SAFE, SUSPICIOUS, Pickled, judged, level_of, look, sniff
+from surgery.hub.pickles import LOOK_VERSION, SAFE, SUSPICIOUS, Pickled, judged, level_of, look, sniff
 from surgery.hub.server.hub import Call, Hub
 from surgery.hub.server.policy import ALLOW, REFUSE
 from surgery.hub.server.web import HttpError
@@ -106,15 +106,16 @@ def scan_all(hub: Hub, entries: Sequence[FileEntry]) -> dict[str, Pickled | None
     new: dict[str, dict[str, Any]] = {}
     for entry in entries:
         known = hub.community.scan(entry.sha256)
-        if known is None:
+        if known is None or known.get("version") != LOOK_VERSION:
             try:
                 pickled = look(hub.content.open(entry.sha256))
             except SurgeryError as error:  # lost or damaged: a listing says so and goes on
                 log.error("%s", error)
                 found[entry.path] = Pickled(SUSPICIOUS, (), "It could not be read.")
                 continue
-            known = new[entry.sha256] = {} if pickled is None else asdict(pickled)
-        pickled = Pickled(known["level"], tuple(known["imports"]), known["message"]) if known else None
+            known = {"version": LOOK_VERSION} | ({} if pickled is None else asdict(pickled))
+            new[entry.sha256] = known
+        pickled = Pickled(known["level"], tuple(known["imports"]), known["message"]) if "level" in known else None
         found[entry.path] = judged(entry.path, pickled)
     if new:
         hub.community.keep_scans(new)

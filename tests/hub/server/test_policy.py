@@ -18,6 +18,8 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]  # not exported, and there
 
 from surgery.errors import OptionError
+from surgery.hub.pickles import LOOK_VERSION
+from surgery.hub.server.community import SqliteCommunity
 from surgery.hub.server.limiting import Limiter, of_address
 from surgery.hub.server.policy import Policy
 from surgery.hub.server.web import HttpError
@@ -75,6 +77,27 @@ def test_pickles_are_flagged(server: Server) -> None:
     issues = {issue["path"]: issue["level"] for issue in described["filesWithIssues"]}
     assert issues == {"odd.pt": "suspicious", "w.bin": "unsafe"}
     assert api.model_info("ada/flagged").security_repo_status is None
+
+
+def test_what_an_earlier_reader_found_is_looked_at_again(server: Server) -> None:
+    """Verdicts are kept, with the version of the reader that gave them."""
+    api = server.api()
+    api.create_repo("earlier")
+    put(api, "ada/earlier", {"w.bin": HARM + b"earlier", "a.txt": b"no pickle"})
+    harm, plain = (hashlib.sha256(data).hexdigest() for data in (HARM + b"earlier", b"no pickle"))
+    community = SqliteCommunity(server.data / "registry.sqlite")
+    lenient: dict[str, object] = {"level": "safe", "imports": [], "message": None}
+    levels = []
+    for version in ({}, {"version": LOOK_VERSION - 1}, {"version": LOOK_VERSION}):
+        community.keep_scans({harm: {**lenient, **version}, plain: dict(version)})
+        for item in api.list_repo_tree("ada/earlier", expand=True):
+            assert isinstance(item, RepoFile)
+            assert item.security is not None
+            levels.append((item.path, item.security.status, (community.scan(harm) or {})["version"]))
+    community.close()
+    again = [("a.txt", "safe", LOOK_VERSION), ("w.bin", "unsafe", LOOK_VERSION)]
+    kept = [("a.txt", "safe", LOOK_VERSION), ("w.bin", "safe", LOOK_VERSION)]
+    assert levels == [*again, *again, *kept]
 
 
 @pytest.mark.parametrize("disabled", ["0", "1"])
