@@ -73,6 +73,7 @@ def listed(console: Console, report: ListReport) -> None:
     """Draw what `hub list` found."""
     if not report.repositories:
         line(console, f"There is nothing in {where(report.endpoint)}.")
+        notes(console, report.notes)
         return
     rows = [
         (
@@ -86,6 +87,7 @@ def listed(console: Console, report: ListReport) -> None:
         for item in report.repositories
     ]
     console.print(table(("name", "kind", "base", "rank", "size", "updated"), rows, left=3))
+    notes(console, report.notes)
 
 
 def described(console: Console, report: InfoReport) -> None:

@@ -36,6 +36,7 @@ def tree(console: Console, report: Lineage) -> None:
         line(console, f"The same weights: {', '.join(plain(name) for name in report.copies)}.")
     if report.truncated:
         notes(console, ("There are more than are shown.",))
+    notes(console, report.notes)
 
 
 def _grow(branch: Tree, report: Lineage, identity: str, up: bool, drawn: set[str]) -> None:

@@ -7,7 +7,7 @@ what names a model as its base; nothing goes by hash there, nor by rank.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from surgery.hub.index import OWNER, SORTS, Entry, ModelQuery, Span, made_from
 from surgery.hub.lineage import Lineage, Link, Relative
 from surgery.hub.lineage import lineage as family_of
 from surgery.hub.naming import parse_repository, parse_target
+from surgery.hub.reindexing import earlier_notes
 from surgery.hub.store import Registry, existing_registry, registry_path
 
 # Models that a list from a Hub has.
@@ -81,11 +82,12 @@ class ListedRepository:
 
 @dataclass(frozen=True)
 class ListReport:
-    """The repositories of a registry. `registry` is the local folder, or None for a Hub."""
+    """The repositories of a registry. `registry` is the local folder, or None for a Hub; `notes` say what may lack."""
 
     endpoint: str
     registry: str | None
     repositories: tuple[ListedRepository, ...]
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -114,7 +116,9 @@ def list_repositories(endpoint: Endpoint | None, wanted: Wanted | None = None, r
         return ListReport("local", place, ())
     with store:
         found = _list_local(store, wanted)
-    return ListReport("local", place, tuple(_listed(entry) for entry in found))
+        # Of a list of everything nothing is missing.
+        said = earlier_notes(store) if wanted != Wanted(sort=wanted.sort) else ()
+    return ListReport("local", place, tuple(_listed(entry) for entry in found), said)
 
 
 def _list_local(store: Registry, wanted: Wanted) -> list[Entry]:
@@ -248,7 +252,7 @@ def lineage(target: str, endpoint: Endpoint | None, root: Path | None = None) ->
         if (store := existing_registry(root)) is not None:
             with store:
                 if (found := family_of(store.metadata, name, OWNER)) is not None:
-                    return found
+                    return replace(found, notes=earlier_notes(store))
         if endpoint is not None:
             raise InputError(
                 f"There is no model called {name} in the local registry; `surgery hub list` shows what is."

@@ -22,7 +22,7 @@ from surgery.checkpoint import Checkpoint, read_checkpoint
 from surgery.errors import InputError, MismatchError, SurgeryError, UnsupportedError
 from surgery.folder import Folder
 from surgery.hashing import hash_tensor
-from surgery.hub.facts import BoundedFolder
+from surgery.hub.facts import FACTS_VERSION, BoundedFolder
 from surgery.hub.index import Entry, ModelQuery, Reader
 from surgery.hub.interfaces import Commit
 from surgery.hub.server.content_folder import ContentFolder
@@ -87,6 +87,12 @@ def shapes_of(base: Revision) -> tuple[str, ...]:
     """The shapes of a base's weights, from its facts. Raises `InputError` where they are not known."""
     shapes = base.commit.facts.get("shapes")
     if not isinstance(shapes, list):
+        version = base.commit.facts.get("version")
+        if base.files and (not isinstance(version, int) or version < FACTS_VERSION):
+            raise InputError(
+                f"{base.repository.name} was examined by an earlier version, which did not look at shapes; "
+                "`surgery hub reindex` looks again."
+            )
         raise InputError(f"Nothing is known of the shapes of {base.repository.name}; is it a checkpoint?")
     return tuple(shape for shape in shapes if isinstance(shape, str))
 

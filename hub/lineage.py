@@ -72,6 +72,7 @@ class Lineage:
         links: every step between two of them.
         copies: names of repositories with the very same weights.
         truncated: whether there are more than could be shown.
+        notes: why something may be missing.
     """
 
     id: str
@@ -79,6 +80,7 @@ class Lineage:
     links: tuple[Link, ...]
     copies: tuple[str, ...] = ()
     truncated: bool = False
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)

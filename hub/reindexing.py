@@ -60,6 +60,20 @@ def reindex(root: Path | None = None, everything: bool = False, progress: Progre
     return ReindexReport(str(place), len(found), changed, tuple(failed))
 
 
+def earlier_notes(registry: Registry) -> tuple[str, ...]:
+    """What is to be said beside an answer that rests on facts: that some were written by an earlier version.
+
+    Such facts name fewer parents and no shapes, so that relatives and adapters that fit may be missing. Repositories
+    without a file have nothing to examine.
+    """
+    found = registry.metadata.outdated(FACTS_VERSION)
+    names = {name for name, commit in found if registry.find(name, commit).files}
+    if not names:
+        return ()
+    count = "1 repository was" if len(names) == 1 else f"{len(names)} repositories were"
+    return (f"{count} examined by an earlier version, so something may be missing here; run `surgery hub reindex`.",)
+
+
 def complete(
     registry: Registry, name: RepositoryName, commit: str, advance: Callable[[int], None] = lambda _: None
 ) -> bool:

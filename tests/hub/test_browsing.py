@@ -14,9 +14,13 @@ from surgery.cli.main import cli
 from surgery.errors import InputError, OptionError
 from surgery.hub.browsing import Wanted, fits, lineage, list_repositories
 from surgery.hub.endpoint import LOCAL, Endpoint
-from surgery.hub.index import SORTS
+from surgery.hub.index import OWNER, SORTS, ModelQuery
+from surgery.hub.naming import RepositoryName
+from surgery.hub.reindexing import reindex
+from surgery.hub.store import open_registry, registry_path
 from tests.hub.fake_hub import FakeHub, Repository
 from tests.hub.registry_tools import adapter
+from tests.hub.test_index import downgrade
 from tests.tools import square_checkpoint
 
 
@@ -125,6 +129,38 @@ def test_commands(family: Path) -> None:
     assert "0 commits examined in" in run("reindex")
     assert "made from" in run("lineage", "lab/extracted")
     assert "Nothing here is known to have been made from it" in run("lineage", "lab/wide")
+
+
+def test_what_an_earlier_version_examined_is_said(family: Path) -> None:
+    """Its facts have no shapes and fewer parents: answers that rest on them say so, until somebody reindexes."""
+    said = "were examined by an earlier version, so something may be missing here; run `surgery hub reindex`."
+    assert list_repositories(LOCAL, Wanted(base="lab/base")).notes == lineage("lab/base", LOCAL).notes == ()
+    with open_registry() as registry:  # what a server makes first, with nothing in it to examine
+        registry.metadata.create(RepositoryName("lab", "empty"), "model", False, 0)
+        registry.commit(RepositoryName("lab", "empty"), "main", None, [], "initial commit", {})
+        count = len(registry.metadata.select(ModelQuery(), OWNER)) - 1
+    downgrade(registry_path())
+
+    def run(*arguments: str) -> str:
+        result = CliRunner().invoke(cli, ["hub", *arguments], prog_name="surgery", catch_exceptions=False)
+        assert result.exit_code == 0
+        return " ".join(result.stdout.split())
+
+    for wanted in (Wanted(base="lab/base"), Wanted(rank="3")):
+        assert list_repositories(LOCAL, wanted).notes == (f"{count} repositories {said}",)
+    assert list_repositories(LOCAL, Wanted(sort="size")).notes == ()
+    assert lineage("lab/style", LOCAL).notes == (f"{count} repositories {said}",)
+    with pytest.raises(InputError, match=r"lab/base was examined by an earlier version, .*`surgery hub reindex` looks"):
+        list_repositories(LOCAL, Wanted(fits="lab/base"))
+    for arguments in (("list", "--base", "lab/base"), ("list", "--rank", "77"), ("lineage", "lab/style")):
+        assert run(*arguments).endswith(f"Note: {count} repositories {said}")
+        assert json.loads(run(*arguments, "--json"))["notes"] == [f"{count} repositories {said}"]
+    # A base that is new, and adapters that are not.
+    surgery.push("base", "lab/new", endpoint="local")
+    found = list_repositories(LOCAL, Wanted(fits="lab/new"))
+    assert (found.repositories, found.notes) == ((), (f"{count} repositories {said}",))
+    reindex()
+    assert list_repositories(LOCAL, Wanted(fits="lab/base")).notes == lineage("lab/style", LOCAL).notes == ()
 
 
 # A Hub that knows only tags -------------------------------------------------------------------------------------------

@@ -404,7 +404,7 @@ def family_of_server(server: Server) -> dict[str, Any]:
     found: dict[str, Any] = ask(server, "/lab/base/lineage")
     for node in found["nodes"]:
         node["rank"] = tuple(node["rank"]) if node["rank"] else None
-    return {**found, **{key: tuple(found[key]) for key in ("nodes", "links", "copies")}}
+    return {**found, **{key: tuple(found[key]) for key in ("nodes", "links", "copies", "notes")}}
 
 
 # Older registries -----------------------------------------------------------------------------------------------------
