@@ -305,6 +305,7 @@ def fits(adapter: str, base: str, endpoint: Endpoint | None, root: Path | None =
 
     A server of this tool that has both is asked. Otherwise headers are read from wherever the two are.
     """
+    found: list[object] = [None, None]
     if (endpoint is None or endpoint == LOCAL) and (store := existing_registry(root)) is not None:
         with store:
             found = [_in(store, text) for text in (adapter, base)]
@@ -314,6 +315,8 @@ def fits(adapter: str, base: str, endpoint: Endpoint | None, root: Path | None =
         raise InputError(
             f"The local registry does not have both {adapter} and {base}; `surgery hub list` shows what it has."
         )
+    if endpoint is None and found == [None, None] and not any(Path(text).exists() for text in (adapter, base)):
+        endpoint = configured()  # which knows hashes of what it has
     if endpoint is not None and endpoint.url is not None and is_ours(endpoint.url):
         name, revision = parse_target(adapter)
         return _fit_of_json(ask(endpoint.url, f"/{name}/fits", {"base": base, "revision": revision or "main"}))

@@ -6,10 +6,12 @@ client's affair.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from surgery.errors import InputError, OutputError
+from surgery.execute import NoProgress
 from surgery.folder import LocalFolder
 from surgery.hub.interfaces import FileEntry
 from surgery.hub.naming import MAIN, RepositoryName
@@ -119,6 +121,21 @@ def _changes(after: Mapping[str, FileEntry], before: Mapping[str, FileEntry]) ->
     return tuple(found)
 
 
+@contextlib.contextmanager
+def _bars(shown: bool) -> Iterator[None]:
+    """Let the client draw its bars of an upload, or keep it from that."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
 def _commit(
     api: Any,
     name: str,
@@ -147,9 +164,10 @@ def _commit(
             operations.append(CommitOperationAdd(file.path, data))
     message = options.message or default_message(facts)
     title, _, body = message.partition("\n")
-    done = api.create_commit(
-        name, operations, commit_message=title, commit_description=body.strip(), revision=branch, parent_commit=head
-    )
+    with _bars(not isinstance(options.progress, NoProgress)):
+        done = api.create_commit(
+            name, operations, commit_message=title, commit_description=body.strip(), revision=branch, parent_commit=head
+        )
     return str(done.oid)
 
 

@@ -350,6 +350,16 @@ def test_whether_an_adapter_fits(pushed: Server, adapter: str, base: str, fits: 
     assert (found["fits"], found["by"], found["reasons"][0]) == (fits, by, reason)
 
 
+def test_the_configured_server_is_asked(pushed: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It knows the hashes of all tensors, where reading headers would prove shapes only."""
+    monkeypatch.setenv("HF_ENDPOINT", pushed.url)
+    monkeypatch.setenv("HF_TOKEN", pushed.tokens["ada"])
+    monkeypatch.chdir(tmp_path)
+    assert fits_of("lab/extracted", "lab/base", None, tmp_path / "none").reasons == (
+        "All 4 tensors that it changes are those it was made for.",
+    )
+
+
 def test_another_shape_is_named(pushed: Server, family: Family, tmp_path: Path) -> None:
     tensors = load_file(family["base"] / "model.safetensors")
     wide = save(make("llama"), tmp_path / "wide")
