@@ -61,7 +61,7 @@ def questions(metadata: SqliteMetadata, count: int) -> dict[str, Callable[[], Si
     base = name_of(count // 2 // _GROUP * _GROUP)
 
     def page(**query: object) -> Callable[[], Sized]:
-        return lambda: metadata.select(ModelQuery(**{"limit": PAGE, **query}), reader)  # type: ignore[arg-type]
+        return lambda: metadata.select(ModelQuery(**{"limit": PAGE, **query}), reader)  # type: ignore[arg-type]  # keywords of a table
 
     def lineage_of() -> Sized:
         found = lineage(metadata, base, reader)

@@ -38,7 +38,7 @@ def family(here: Path, own_registry: Path) -> Path:
 
 
 def names(**wanted: object) -> list[str]:
-    return [item.name.removeprefix("lab/") for item in list_repositories(LOCAL, Wanted(**wanted)).repositories]  # type: ignore[arg-type]
+    return [item.name.removeprefix("lab/") for item in list_repositories(LOCAL, Wanted(**wanted)).repositories]  # type: ignore[arg-type]  # keywords of a table
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_a_list_by_tags(tagged: Endpoint) -> None:
 )
 def test_what_tags_cannot_say(tagged: Endpoint, wanted: dict[str, object], option: str) -> None:
     with pytest.raises(OptionError) as error:
-        list_repositories(tagged, Wanted(**wanted))  # type: ignore[arg-type]
+        list_repositories(tagged, Wanted(**wanted))  # type: ignore[arg-type]  # keywords of a table
     assert error.value.message == (
         f"{tagged.url} cannot be asked for {option}: only the local registry and a server of `surgery hub serve` know "
         "of that."

@@ -53,7 +53,7 @@ def test_commits_of_several_clients_at_once(server: Server) -> None:
         )
 
     with ThreadPoolExecutor(CLIENTS) as pool:
-        said = [commit for commits in pool.map(work, range(CLIENTS)) for commit in commits]  # type: ignore[attr-defined]
+        said = [commit for commits in pool.map(work, range(CLIENTS)) for commit in commits]  # type: ignore[attr-defined]  # lists
     api = server.api()
     expected = {f"{number}-{turn}.txt" for number in range(CLIENTS) for turn in range(COMMITS)}
     assert set(api.list_repo_files("ada/busy")) == expected | {f"{number}.bin" for number in range(CLIENTS)}

@@ -186,7 +186,7 @@ def test_the_papers_arithmetic_on_gpt3() -> None:
 @cache
 def _gpt3(method: str, **options: Any) -> Any:
     widths = {"weight_bytes": 2, "trained_bytes": 2, "optimizer_bytes": 4}
-    wanted = EstimateOptions(MethodOptions(method, **options), activations=False, **widths)  # type: ignore[arg-type]
+    wanted = EstimateOptions(MethodOptions(method, **options), activations=False, **widths)  # type: ignore[arg-type]  # keywords of a table
     return estimate("gpt3", CONFIGS["gpt3"], wanted)
 
 
@@ -285,7 +285,7 @@ def test_upcycled_models_are_told_from_shapes(method: str, tmp_path: Path) -> No
     for name, parts in (("native", 36 + 4 * 208 + 224), ("shipped", 36 + 4 * 320 + 192)):
         report = surgery.estimate(tmp_path / name, method=method, rank=4, length=16)
         assert report.notes == ()
-        stored = surgery.inspect(tmp_path / name).as_dict()["total"]["parameters"]  # type: ignore[index]
+        stored = surgery.inspect(tmp_path / name).as_dict()["total"]["parameters"]  # type: ignore[index]  # a dictionary of dictionaries
         assert report.parameters == stored
         assert report.trainable_parameters == (2 * 4 * parts if method == "lora" else stored)
 

@@ -28,7 +28,7 @@ def upcycled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder, found = tmp_path_factory.mktemp("upcycled"), {}
     for name, (kind, how) in KINDS.items():
         dense = making.checkpoint(folder / f"{name}-dense", kind, **(STILL if kind == "gpt2" else {}))
-        surgery.upcycle(dense, output=folder / name, router_init="normal:0.5", **how)  # type: ignore[arg-type]
+        surgery.upcycle(dense, output=folder / name, router_init="normal:0.5", **how)  # type: ignore[arg-type]  # keywords of a table
         found[name] = folder / name
     return found
 

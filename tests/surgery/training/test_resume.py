@@ -127,7 +127,7 @@ def test_a_killed_process_goes_on(base: Path, data: Path, tmp_path: Path) -> Non
     killed.kill()
     killed.communicate()
     assert not (tmp_path / "out").exists()
-    report = surgery.train(base, data=str(data), output=tmp_path / "out", device="cpu", **how)  # type: ignore[arg-type]
+    report = surgery.train(base, data=str(data), output=tmp_path / "out", device="cpu", **how)  # type: ignore[arg-type]  # likewise
     assert 3 <= report.resumed < 60
     assert torch.get_num_threads() == 1
     whole = [*command[:-1], tmp_path / "whole", "--quiet"]
