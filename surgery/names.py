@@ -25,15 +25,15 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
-    """A sort key under which `layers.2` comes before `layers.10`.
+def natural_key(name: str) -> tuple[tuple[tuple[int, int | str], ...], str]:
+    """A sort key under which `layers.2` comes before `layers.10`; no two names have the same one.
 
     >>> sorted(["layers.10.w", "layers.2.w"], key=natural_key)
     ['layers.2.w', 'layers.10.w']
     """
-    return tuple(
-        (0, int(part)) if part.isdecimal() and len(part) < 19 else (1, part) for part in _NUMBER.split(name) if part
-    )
+    parts = (part for part in _NUMBER.split(name) if part)
+    key = tuple((0, int(part)) if part.isdecimal() and len(part) < 19 else (1, part) for part in parts)
+    return key, name  # since `01` and `1` are the same number
 
 
 def split_parameter(name: str) -> tuple[str, str]:

@@ -55,6 +55,8 @@ def test_numbers_in_names() -> None:
     assert expert_of("encoder.layers.1.ffn.experts.expert_3.fc1.weight") == 3
     assert layer_of("lm_head.weight") is None
     assert sorted(["a.10.b", "a.9.b", "a.b"], key=natural_key) == ["a.9.b", "a.10.b", "a.b"]
+    for names in (["a.1", "a.01"], ["a.01", "a.1"]):  # one number, two names
+        assert sorted(names, key=natural_key) == ["a.01", "a.1"]
 
 
 def test_an_invented_architecture_has_sites(tmp_path: Path) -> None:
