@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from surgery.errors import InputError
-from surgery.hub.network import first_line, network_errors, patiently
+from surgery.errors import InputError, first_line
+from surgery.hub.network import network_errors, patiently
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import InputError, OptionError
+from surgery.errors import InputError, OptionError, first_line
 from surgery.folder import Folder
 from surgery.hub.asking import base_of_tag, parameter_span, rank_span
 from surgery.hub.endpoint import HUGGING_FACE, LOCAL, Endpoint, configured
@@ -162,7 +162,7 @@ def _listed_facts(name: str, facts: Mapping[str, object], size: int | None, upda
 def _list_remote(url: str, wanted: Wanted) -> ListReport:
     from huggingface_hub import HfApi
 
-    from surgery.hub.network import first_line, network_errors, patiently
+    from surgery.hub.network import network_errors, patiently
 
     ours = is_ours(url)
     tags = list(wanted.tags)
@@ -273,7 +273,7 @@ def _lineage_by_tags(name: str, url: str) -> Lineage:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    from surgery.hub.network import first_line, network_errors, patiently
+    from surgery.hub.network import network_errors, patiently
 
     api = HfApi(endpoint=url)
     try:
@@ -368,7 +368,7 @@ def _get(url: str, path: str, query: Mapping[str, str]) -> Any:
         hf_raise_for_status,
     )
 
-    from surgery.hub.network import first_line, network_errors, patiently
+    from surgery.hub.network import network_errors, patiently
 
     def once() -> Any:
         response = get_session().get(f"{url}/api/models{path}", params=query, headers=build_hf_headers())

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import InputError, OutputError
+from surgery.errors import InputError, OutputError, first_line
 from surgery.hub.endpoint import HUGGING_FACE, Endpoint, configured
 from surgery.hub.index import OWNER
 from surgery.hub.interfaces import BRANCHES, TAGS
@@ -136,7 +136,7 @@ def delete(target: str, endpoint: Endpoint, root: Path | None = None) -> DeleteR
 def _info_remote(name: str, revision: str | None, url: str) -> InfoReport:
     from huggingface_hub import HfApi
 
-    from surgery.hub.network import first_line, network_errors, patiently
+    from surgery.hub.network import network_errors, patiently
     from surgery.hub.remote_pull import HubCommit
 
     found = HubCommit.find(name, revision, url)
@@ -170,7 +170,7 @@ def _delete_remote(name: str, url: str) -> DeleteReport:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    from surgery.hub.network import first_line, network_errors, patiently
+    from surgery.hub.network import network_errors, patiently
 
     api = HfApi(endpoint=url)
     try:

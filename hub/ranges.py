@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
-from surgery.errors import InputError, IntegrityError
+from surgery.errors import InputError, IntegrityError, first_line
 from surgery.hub.endpoint import HUGGING_FACE
-from surgery.hub.network import BUSY, FIRST_PAUSE, LONGEST_PAUSE, first_line, line_errors, network_errors, retry_after
+from surgery.hub.network import BUSY, FIRST_PAUSE, LONGEST_PAUSE, line_errors, network_errors, retry_after
 
 if TYPE_CHECKING:
     from surgery.hub.traffic import Traffic

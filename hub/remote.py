@@ -14,10 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.errors import InputError, IntegrityError
+from surgery.errors import InputError, IntegrityError, first_line
 from surgery.folder import SKIPPED_FOLDERS, WEIGHT_SUFFIXES, LocalFolder, read_json
 from surgery.hub.naming import check_paths
-from surgery.hub.network import first_line, network_errors, patiently
+from surgery.hub.network import network_errors, patiently
 from surgery.hub.range_source import RangeSource
 from surgery.hub.ranges import RangeReader
 from surgery.hub.traffic import Traffic, note_opened

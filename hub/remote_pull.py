@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from surgery.errors import InputError
+from surgery.errors import InputError, first_line
 from surgery.hub.interfaces import FileEntry
-from surgery.hub.network import first_line, network_errors, patiently
+from surgery.hub.network import network_errors, patiently
 from surgery.hub.range_source import RangeSource
 from surgery.hub.ranges import RangeReader
 from surgery.hub.traffic import Traffic

@@ -10,12 +10,12 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from surgery.errors import InputError, OutputError
+from surgery.errors import InputError, OutputError, first_line
 from surgery.execute import NoProgress
 from surgery.folder import LocalFolder
 from surgery.hub.interfaces import FileEntry
 from surgery.hub.naming import MAIN, RepositoryName
-from surgery.hub.network import first_line, network_errors, patiently
+from surgery.hub.network import network_errors, patiently
 from surgery.hub.parcel import CARD, pack, scan
 from surgery.hub.push import PushedFile, PushOptions, PushReport, default_message
 from surgery.source import BytesSource

@@ -93,5 +93,8 @@ def several(what: str, problems: Sequence[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library says is wrong, to be part of a sentence: its first line without the full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """What another library says is wrong, to be part of a sentence: its first line without the full stop.
+
+    At most 200 characters of it: what a server answers is a stranger's.
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from surgery.errors import InputError, OptionError
+from surgery.errors import InputError, OptionError, first_line
 from surgery.hub.naming import parse_repository, why_not_a_repository
 from surgery.hub.server.accounts import SqliteAccounts
 from surgery.hub.server.audit import Audit
@@ -251,7 +251,7 @@ class RemoteAdministration:
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         from huggingface_hub import get_session, get_token, hf_raise_for_status
 
-        from surgery.hub.network import first_line, network_errors
+        from surgery.hub.network import network_errors
 
         token = get_token()
         if token is None:
